@@ -1,0 +1,22 @@
+"""`python -m lit_align`, and the command `lit-align`."""
+
+import os
+import sys
+
+
+def entry() -> int:
+    """Run the command line; what the user can mend ends in one line."""
+    from lit_align.cli import main
+
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("LIT_ALIGN_DEBUG"):
+            raise
+        print(f"lit-align: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

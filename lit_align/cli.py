@@ -1,0 +1,194 @@
+"""The command line: `lit-align fit | validate | test | predict` are LightningCLI's own, for any module and data."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import re
+import sys
+from argparse import ArgumentError
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import lit_align.data
+import lit_align.modules
+import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML without their module path
+from lit_align import __version__
+from lit_align.callbacks import HFExport, Manifest, MetricsCSV, PredictionsFile, SaveRunConfig, progress
+from lit_align.commands import COMMANDS
+from lit_align.config_error import ConfigError, explain
+
+
+class AlignCLI(LightningCLI):
+    """LightningCLI with a folder per run.
+
+    Everything a run leaves goes to `--out`: config.yaml, metrics.csv, manifest.json, checkpoints/, model/. A folder
+    that holds another run is never written into: the new run gets the next free name.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--out`, and the checkpoint callback."""
+        parser.add_argument("--out", type=str, default="runs/run", help="Folder of the run.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
+
+    def before_instantiate_classes(self) -> None:
+        """Settle where the run writes, and what it always has."""
+        config = self.config[self.subcommand]
+        out = Path(config.out)
+        if self.subcommand == "fit" and not config.get("ckpt_path"):
+            out = free_folder(out)
+            if str(out) != config.out:
+                print(f"{config.out} holds another run: this one goes to {out}")
+        config.out = str(out)
+        config.checkpoint.dirpath = str(out / "checkpoints")
+        config.trainer.default_root_dir = str(out)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with the run's logger and callbacks."""
+        config = self.config[self.subcommand]
+        out = Path(config.out)
+        self.save_config_kwargs = {"folder": out}
+        if self.subcommand != "fit":
+            self.save_config_callback = None
+        callbacks = [Manifest(out, config.seed_everything, _parents(config)), progress()]
+        if self.subcommand == "fit":
+            callbacks.append(HFExport(out / "model"))
+        if self.subcommand == "predict":
+            callbacks.append(PredictionsFile(out / "completions.jsonl"))
+        self.trainer_defaults["callbacks"] = callbacks
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = MetricsCSV(out)
+        return super().instantiate_trainer(**kwargs)
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder itself if no run lies in it, else the same name with the next free number."""
+    if not (folder / "config.yaml").exists():
+        return folder
+    number = 2
+    while (folder.with_name(f"{folder.name}-{number}") / "config.yaml").exists():
+        number += 1
+    return folder.with_name(f"{folder.name}-{number}")
+
+
+def _parents(config: Any) -> list[str]:
+    """Folders of models that a configuration names."""
+    found = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, str) and (Path(value) / "config.json").exists():
+            found.append(value)
+
+    visit(config.as_dict())
+    return sorted(set(found))
+
+
+USAGE = """usage: lit-align COMMAND [options]
+
+  fit, validate, test, predict   LightningCLI: -c FILE.yaml, dotted overrides (--model.network.name=...), --out FOLDER,
+                                 --print_config; `lit-align fit --help` lists them, `--model.help PPOModule` explains
+  demo                           the embedded world end to end: SFT, reward model, PPO and DPO, with a report
+  pipeline FILE                  the stages of a file, in order, resumable
+  report FOLDER                  the page of a pipeline's run
+
+`COMMAND --help` says more. Errors are one line; set LIT_ALIGN_DEBUG=1 for the traceback.
+"""
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run a command, in this process.
+
+    Args:
+        args: the command line without the program's name; null for that of the process.
+
+    Raises:
+        ConfigError: a configuration that cannot be used.
+    """
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return None
+    if args[0] == "--version":
+        print(f"lit-align {__version__}")
+        return None
+    if args[0] in COMMANDS:
+        return COMMANDS[args[0]](args[1:])
+    if args[0] not in AlignCLI.subcommands():
+        raise ConfigError(f"unknown command {args[0]!r}: choose {', '.join([*AlignCLI.subcommands(), *COMMANDS])}")
+    _check_syntax(args)
+    with _quiet_start():
+        return _lightning(args)
+
+
+def _check_syntax(args: list[str]) -> None:
+    """Say which file and line is not YAML; the parser below forgets the file."""
+    for flag, value in itertools.pairwise(args):
+        if flag in ("-c", "--config") and Path(value).is_file():
+            try:
+                yaml.safe_load(Path(value).read_text())
+            except yaml.YAMLError as error:
+                mark = getattr(error, "problem_mark", None)
+                line = f", line {mark.line + 1}" if mark else ""
+                raise ConfigError(f"{value}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def _lightning(args: list[str]) -> AlignCLI:
+    try:
+        return AlignCLI(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
+            auto_configure_optimizers=False,
+            trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
+            parser_kwargs={
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in AlignCLI.subcommands()},
+            },
+            args=args,
+        )
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error))) from error
+    except ValueError as error:
+        # Values that parse but that a class refuses come back from instantiation wrapped in the same tree.
+        if str(error).startswith("Does not validate"):
+            raise ConfigError(explain(str(error))) from error
+        raise
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Without Lightning's advertisements and its report of hardware that is not there."""
+    lines = re.compile(r"💡|TPU available|HPU available|GPU available: False|Seed set to|`Trainer\.\w+` stopped")
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not lines.search(record.getMessage())
+
+    for logger in loggers:
+        logger.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(wanted)
+
+
+_TALKATIVE = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+)

@@ -1,0 +1,108 @@
+"""The commands that are not LightningCLI's: pipeline, demo, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+import lit_align
+from lit_align.config_error import ConfigError, explain
+from lit_align.pipeline import Pipeline, Step
+
+
+def experiments() -> Path:
+    """The folder of YAML that ships with the package: in the source tree, or beside the installed modules."""
+    package = Path(lit_align.__file__).parent
+    source = package.parent / "experiments"
+    return source if (source / "sandbox" / "pipeline.yaml").exists() else package / "experiments"
+
+
+def pipeline(args: list[str]) -> dict[str, float]:
+    """Run the stages of a file in order; go on where an earlier run stopped."""
+    parser = argparse.ArgumentParser("lit-align pipeline", description=pipeline.__doc__)
+    parser.add_argument("file", help="pipeline YAML")
+    _pipeline_options(parser)
+    told = parser.parse_args(args)
+    return _run(told, told.file)
+
+
+def demo(args: list[str]) -> dict[str, float]:
+    """The embedded world, end to end: pretrain, SFT, reward model, PPO and DPO, evaluation, report; no network."""
+    parser = argparse.ArgumentParser("lit-align demo", description=demo.__doc__)
+    _pipeline_options(parser)
+    told = parser.parse_args(args)
+    told.out = told.out or "runs/demo"
+    return _run(told, experiments() / "sandbox" / "pipeline.yaml")
+
+
+def report(args: list[str]) -> Path:
+    """Write report.html for the folder of a pipeline's run."""
+    parser = argparse.ArgumentParser("lit-align report", description=report.__doc__)
+    parser.add_argument("folder", type=Path, help="folder of a run")
+    told = parser.parse_args(args)
+    return _report(told.folder)
+
+
+def _pipeline_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", help="output folder")
+    parser.add_argument("--seed", type=int, default=0, help="added to every seed of the stages")
+    parser.add_argument("--quick", action="store_true", help="a trial: the file's shrunken sizes")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="STAGE.KEY=VALUE",
+        help="override a value of a stage; may be repeated",
+    )
+
+
+def _run(told: argparse.Namespace, file: str | Path) -> dict[str, float]:
+    overrides = dict(_override(text) for text in told.set)
+    run = Pipeline(file, told.out, told.seed, told.quick, overrides)
+    summary = run.run(_command, _step)
+    path = _report(run.out)
+    print(f"{summary['seconds']:.0f} s in all; figures in {run.out / 'summary.json'}, page in {path}")
+    return summary
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set wants STAGE.KEY=VALUE, got {text!r}")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _command(kind: str, file: Path, further: list[str]) -> None:
+    from lit_align.cli import main  # cli imports this module
+
+    main([kind, "-c", str(file), *further])
+
+
+def _step(file: Path, folder: Path) -> dict[str, float]:
+    """Instantiate the class of a `call` stage and run it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--step", type=Step)
+    try:
+        config = parser.parse_object({"step": yaml.safe_load(file.read_text())})
+        step: Step = parser.instantiate_classes(config).step
+    except (TypeError, ValueError, argparse.ArgumentError) as error:
+        raise ConfigError(f"{file}: {explain(str(error))}") from error
+    return step.run(folder)
+
+
+def _report(folder: Path) -> Path:
+    from lit_align.report import write_report  # matplotlib takes a second to import
+
+    return write_report(folder)
+
+
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {"demo": demo, "pipeline": pipeline, "report": report}

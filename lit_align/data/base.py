@@ -1,0 +1,248 @@
+"""What the three data modules share: sources, tokenising, splitting, order, batches."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_align.data.chat import ChatEncoder, Turns
+from lit_align.data.fit import Truncate
+from lit_align.data.loader import Loader, Position
+from lit_align.data.order import Order, Ref, split_by_group
+from lit_align.data.rows import Row, Tally
+from lit_align.data.source import OnBadRow, Source, expand
+from lit_align.data.store import Item, Store, build, tokenizer_key
+from lit_align.functional.packing import pack
+from lit_align.types import Example, PackedBatch
+
+
+class TextDataModule(LightningDataModule):
+    """Base of the data modules: a subclass says what a row becomes (`encode`) and what a batch is (`collate`).
+
+    Args:
+        tokenizer: hub name or folder of the model whose tokenizer to use.
+        train: sources to train on, mixed by their weights.
+        val: sources to validate on; null to hold out `val_fraction` of the training prompts.
+        test: sources of `lit-align test`; null for those of validation.
+        predict: sources of `lit-align predict`; null for those of validation.
+        val_fraction: share of the prompts held out when `val` is null. No prompt is on both sides.
+        batch_size: examples per micro-batch and device.
+        val_batch_size: the same for evaluation; null for `batch_size`.
+        max_length: tokens of a sequence, prompt included; longer ones are truncated, and counted.
+        truncate: cut the beginning of the prompt, the end of the answer, or never (then it is a bad row).
+        chat_template: Jinja template; null for the tokenizer's own.
+        turns: score all assistant turns of a conversation or the last.
+        on_bad_row: stop with an error that names file, row and field; or skip, count and report.
+        seed: of the order.
+        num_workers: processes that build batches.
+        row_tokens: room in a packed row; null for the longest example of the batch.
+        share_prefix: compute a prompt once for all its answers.
+        packing: put several examples in a row.
+        cache_dir: where tokenised data is kept; null for the cache folder of the user, "none" for no cache.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: list[Source],
+        val: list[Source] | None = None,
+        test: list[Source] | None = None,
+        predict: list[Source] | None = None,
+        val_fraction: float = 0.05,
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        max_length: int = 1024,
+        truncate: Truncate = "prompt",
+        chat_template: str | None = None,
+        turns: Turns = "all",
+        on_bad_row: OnBadRow = "error",
+        seed: int = 0,
+        num_workers: int = 0,
+        row_tokens: int | None = None,
+        share_prefix: bool = True,
+        packing: bool = True,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or max_length < 2:
+            raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size}, {max_length}")
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
+        self.tokenizer_name = tokenizer
+        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.val_fraction = val_fraction
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.max_length = max_length
+        self.truncate = truncate
+        self.chat_template = chat_template
+        self.turns = turns
+        self.on_bad_row = on_bad_row
+        self.seed = seed
+        self.num_workers = num_workers
+        self.row_tokens = row_tokens
+        self.share_prefix = share_prefix
+        self.packing = packing
+        self.cache_dir = _cache_dir(cache_dir)
+        self.position = Position()
+        self.encoder: ChatEncoder | None = None
+        self._stores: dict[str, list[Store]] = {}
+        self._order: Order | None = None
+        self._held_out: list[Ref] = []
+
+    # What a subclass says.
+
+    def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
+        """Tokenise a row of the one schema; raise BadField where it does not fit this kind of data."""
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Item]) -> Any:
+        """A batch from items."""
+        raise NotImplementedError
+
+    # What Lightning asks for.
+
+    def prepare_data(self) -> None:
+        """Tokenise every source into the cache, on one process."""
+        if self.cache_dir is not None:
+            for sources in self.sources.values():
+                for source in sources or ():
+                    self._build(source)
+
+    def setup(self, stage: str) -> None:
+        """Read the tokenised sources, hold out prompts, fix the order."""
+        needed = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",), "predict": ("predict",)}
+        wanted = [part for part in needed[stage] if part in ("train", "val") or self.sources[part] is not None]
+        for part in wanted or ("train", "val"):
+            if part not in self._stores and self.sources[part] is not None:
+                self._stores[part] = [self._build(source) for source in self.sources[part] or ()]
+                self._report(part)
+        if "train" in self._stores and self._order is None:
+            self._split()
+
+    def train_dataloader(self) -> Loader:
+        """One epoch of training batches, from where training stands."""
+        order = self._order
+        if order is None or not len(order):
+            raise ValueError("there are no training examples: see the counts above for what happened to the rows")
+        examples = self.batch_size * self._world
+        # Rounded up: the last batch of an epoch is filled from the next one, and nothing is left out.
+        return Loader(self._train_batch, math.ceil(len(order) / examples), self.num_workers, self.position)
+
+    def val_dataloader(self) -> Loader:
+        """Held-out examples, in order."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> Loader:
+        """The test sources, or the held-out examples where there are none."""
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> Loader:
+        """The sources to predict, or the held-out examples where there are none."""
+        return self._evaluation("predict")
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches training has taken."""
+        return {"batches": self.position.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.position.batches = state_dict["batches"]
+
+    # The rest.
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with its chat template."""
+        return self._encoder().tokenizer
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer."""
+        return self._encoder().stop_ids
+
+    def manifest(self) -> list[dict[str, Any]]:
+        """Of each source: its name, the fingerprint of its tokenised rows, and what happened to them."""
+        return [
+            {"part": part, "name": source.name, "fingerprint": store.fingerprint, "counts": dict(store.tally)}
+            for part, stores in self._stores.items()
+            for source, store in zip(self.sources[part] or (), stores, strict=True)
+        ]
+
+    def pack(self, examples: Sequence[Example]) -> PackedBatch:
+        """Lay examples out in rows, as this data module's options say."""
+        return pack(examples, self.row_tokens, self.share_prefix, self.packing)
+
+    def _encoder(self) -> ChatEncoder:
+        if self.encoder is None:
+            tokenizer = AutoTokenizer.from_pretrained(expand(self.tokenizer_name))
+            self.encoder = ChatEncoder(tokenizer, self.chat_template, self.turns)
+        return self.encoder
+
+    def _build(self, source: Source) -> Store:
+        options = [type(self).__qualname__, tokenizer_key(self.tokenizer), self.max_length, self.truncate, self.turns]
+        return build(source, self.encode, json.dumps(options), self.on_bad_row, self.cache_dir)
+
+    def _report(self, part: str) -> None:
+        for source, store in zip(self.sources[part] or (), self._stores[part], strict=True):
+            rank_zero_info(f"{part} data {source.name}: {store.tally}")
+
+    def _split(self) -> None:
+        stores = self._stores["train"]
+        fraction = self.val_fraction if self.sources["val"] is None else 0.0
+        groups = [store.groups() for store in stores]
+        refs = [(s, i) for s, of_source in enumerate(groups) for i in range(len(of_source))]
+        train, held_out = split_by_group([group for of_source in groups for group in of_source], fraction)
+        kept: list[list[int]] = [[] for _ in stores]
+        for n in train:
+            kept[refs[n][0]].append(refs[n][1])
+        self._held_out = [refs[n] for n in held_out]
+        self._order = Order(kept, [source.weight for source in self.sources["train"] or ()], self.seed)
+
+    @property
+    def _world(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    def _train_batch(self, number: int) -> Any:
+        """The number-th batch of this rank: ranks take consecutive parts of one global batch."""
+        assert self._order is not None
+        first = (number * self._world + self._rank) * self.batch_size
+        refs = [self._order[first + i] for i in range(self.batch_size)]
+        return self.collate([self._stores["train"][source][item] for source, item in refs])
+
+    def _evaluation(self, part: str) -> Loader:
+        if self.sources[part] is not None:
+            stores = self._stores[part]
+            refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
+        elif self.sources["val"] is not None:
+            stores = self._stores["val"]
+            refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
+        else:
+            stores, refs = self._stores["train"], self._held_out
+        mine = refs[self._rank :: self._world]
+        size = self.val_batch_size
+
+        def batch(number: int) -> Any:
+            return self.collate([stores[s][i] for s, i in mine[number * size : (number + 1) * size]])
+
+        return Loader(batch, math.ceil(len(mine) / size), self.num_workers)
+
+
+def _cache_dir(given: str | None) -> Path | None:
+    if given == "none":
+        return None
+    if given is not None:
+        return Path(expand(given))
+    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "data"

@@ -1,0 +1,87 @@
+"""The order of examples: a function of (seed, epoch) and of a position, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+Ref = tuple[int, int]  # source, item of the source
+
+
+class Order:
+    """An endless stream of examples from several sources, in epochs.
+
+    Without weights every item comes once an epoch. With weights a source provides its share of the epoch's examples
+    from a stream of its own, which starts again, newly shuffled, only when all its items have been used.
+
+    Args:
+        sources: for each source, the items to use.
+        weights: share of each source; null for the number of its items. All or none.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, sources: Sequence[Sequence[int]], weights: Sequence[float | None], seed: int) -> None:
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) != len(weights):
+            raise ValueError("give a weight to every source or to none")
+        if any(weight < 0 for weight in given) or (given and sum(given) == 0):
+            raise ValueError(f"weights must not be negative, and one must be positive: {given}")
+        self.sources = [np.asarray(items, np.int64) for items in sources]
+        self.seed = seed
+        self.length = sum(map(len, self.sources))
+        sizes = [len(items) for items in self.sources]
+        if given and any(weight > 0 and not size for weight, size in zip(given, sizes, strict=True)):
+            raise ValueError("a source with a weight has no examples")
+        self.quotas = _apportion(given, self.length) if given else sizes
+
+    def __len__(self) -> int:
+        """Examples in an epoch."""
+        return self.length
+
+    def __getitem__(self, n: int) -> Ref:
+        """The n-th example of the stream."""
+        epoch, position = divmod(n, self.length)
+        source, item = self._epoch(epoch)[position]
+        return int(source), int(item)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - the order lives as long as its data module
+    def _epoch(self, epoch: int) -> np.ndarray:
+        refs = [
+            np.stack([np.full(quota, source), self._draw(source, epoch * quota, quota)], axis=1)
+            for source, quota in enumerate(self.quotas)
+        ]
+        everything = np.concatenate(refs)
+        return everything[np.random.default_rng((self.seed, 0, epoch)).permutation(len(everything))]
+
+    def _draw(self, source: int, start: int, count: int) -> np.ndarray:
+        """Items start .. start + count of a source's own endless stream of permutations."""
+        items, drawn = self.sources[source], []
+        while count:
+            cycle, at = divmod(start, len(items))
+            shuffled = items[np.random.default_rng((self.seed, 1 + source, cycle)).permutation(len(items))]
+            drawn.append(shuffled[at : at + count])
+            start, count = start + len(drawn[-1]), count - len(drawn[-1])
+        return np.concatenate(drawn) if drawn else np.empty(0, np.int64)
+
+
+def _apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to the weights that add up to the total (largest remainders)."""
+    shares = [weight / sum(weights) * total for weight in weights]
+    quotas = [int(share) for share in shares]
+    for i in sorted(range(len(shares)), key=lambda i: quotas[i] - shares[i])[: total - sum(quotas)]:
+        quotas[i] += 1
+    return quotas
+
+
+def split_by_group(groups: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Items for training and for validation: whole groups, so that no prompt is on both sides.
+
+    Groups are taken in the order of their hash, which depends on the prompt alone: adding rows or sources moves no
+    prompt from one side to the other unless the number of groups changes the quota.
+    """
+    ordered = sorted(set(groups))
+    held_out = set(ordered[: round(fraction * len(ordered))])
+    train = [i for i, group in enumerate(groups) if group not in held_out]
+    return train, [i for i, group in enumerate(groups) if group in held_out]

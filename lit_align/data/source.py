@@ -1,0 +1,151 @@
+"""A data source: a hub name, a file, or a class of the user's, read into the one row schema."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from lit_align.data.files import expand, open_files, read_rows
+from lit_align.data.formats import FORMATS, recognise
+from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally
+
+OnBadRow = Literal["error", "skip"]
+
+
+@dataclass
+class Source:
+    """Where rows come from; exactly one of `path`, `hub` and `rows`.
+
+    Attributes:
+        path: file, glob, or archive member (`zip://*.csv::file.zip`); json, jsonl, csv, parquet or txt, compressed or
+            not. Environment variables are filled in.
+        hub: name of a data set on the Hugging Face hub.
+        rows: an object that yields rows, by class_path.
+        format: name of a reader of `data/formats.py`, or auto to tell it from the columns.
+        columns: the reader's name of a column: the file's name of it.
+        header: column names of a csv file without a header line.
+        split: of a hub data set.
+        subset: of a hub data set.
+        limit: read only so many rows, the first.
+        weight: share of the epoch that this source provides, relative to the other weights; null for every row once.
+    """
+
+    path: str | None = None
+    hub: str | None = None
+    rows: Rows | None = None
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    header: list[str] | None = None
+    split: str = "train"
+    subset: str | None = None
+    limit: int | None = None
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(given is not None for given in (self.path, self.hub, self.rows)) != 1:
+            raise ValueError("a source needs exactly one of path (a file), hub (a data set's name) and rows (a class)")
+        if self.format != "auto" and self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r}: choose auto or one of {', '.join(FORMATS)}")
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.path or self.hub or type(self.rows).__name__
+
+    def read(self, on_bad_row: OnBadRow, tally: Tally) -> Iterator[tuple[str, Row]]:
+        """Yield (where it stands, row in the one schema).
+
+        Raises:
+            BadRow: a row that does not fit, unless bad rows are to be skipped and counted.
+            ValueError: no such file, data set or environment variable.
+        """
+        reader = None if self.format == "auto" else FORMATS[self.format]
+        for origin, number, raw in self._raw(on_bad_row, tally):
+            tally["rows"] += 1
+            try:
+                row = self._rename(raw)
+                if reader is None:
+                    reader = FORMATS[recognise(row)]
+                for read in reader(row):
+                    yield f"{origin}, row {number}", read
+            except BadField as problem:
+                error = BadRow(origin, number, problem)
+                if on_bad_row == "error":
+                    raise error from None
+                tally.skip(error)
+
+    def _rename(self, raw: Row) -> Row:
+        missing = [name for name in self.columns.values() if name not in raw]
+        if missing:
+            raise BadField(missing[0], f"is missing; the row has {', '.join(map(repr, raw)) or 'no fields'}")
+        back = {theirs: ours for ours, theirs in self.columns.items()}
+        return {back.get(name, name): value for name, value in raw.items()}
+
+    def _raw(self, on_bad_row: OnBadRow, tally: Tally) -> Iterator[tuple[str, int, Row]]:
+        count = 0
+        for origin, number, row in self._everything():
+            if self.limit is not None and count >= self.limit:
+                return
+            count += 1
+            if isinstance(row, BadRow):
+                if on_bad_row == "error":
+                    raise row
+                tally["rows"] += 1
+                tally.skip(row)
+                continue
+            yield origin, number, row
+
+    def _everything(self) -> Iterator[tuple[str, int, Row | BadRow]]:
+        if self.path is not None:
+            for name, handle in open_files(self.path):
+                for number, row in read_rows(name, handle, self.header):
+                    yield Path(name).name, number, row
+        elif self.hub is not None:
+            for number, row in enumerate(_hub_rows(self.hub, self.subset, self.split), start=1):
+                yield self.hub, number, row
+        else:
+            assert self.rows is not None
+            for number, row in enumerate(self.rows, start=1):
+                yield self.name, number, row
+
+    def fingerprint(self) -> str | None:
+        """Changes whenever the rows would; None where that cannot be known, and nothing is cached."""
+        options = {k: v for k, v in vars(replace(self, weight=None)).items() if k != "rows"}
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+        if self.path is not None:
+            for _, handle in open_files(self.path):
+                with handle as file:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+        elif self.rows is not None:
+            if self.rows.fingerprint is None:
+                return None
+            digest.update(f"{type(self.rows).__qualname__} {self.rows.fingerprint}".encode())
+        else:
+            digest.update(_hub_fingerprint(self.hub, self.subset, self.split).encode())
+        return digest.hexdigest()
+
+
+def _load_hub(name: str | None, subset: str | None, split: str):  # type: ignore[no-untyped-def]
+    import datasets  # slow to import, and needed for the hub and the cache alone
+
+    try:
+        return datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load data set {name!r} (split {split!r}) from the hub: {reason}") from error
+
+
+def _hub_rows(name: str | None, subset: str | None, split: str) -> Iterator[Row]:
+    yield from _load_hub(name, subset, split)
+
+
+def _hub_fingerprint(name: str | None, subset: str | None, split: str) -> str:
+    return str(_load_hub(name, subset, split)._fingerprint)
+
+
+__all__ = ["OnBadRow", "Source", "expand"]

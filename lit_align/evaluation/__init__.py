@@ -1,0 +1,1 @@
+"""Measures of what alignment does to a model."""

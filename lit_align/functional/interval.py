@@ -1,0 +1,34 @@
+"""How sure a measured share is when its observations come in groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clustered_share(hits_E: Tensor, counts_E: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor, Tensor]:
+    """Share of hits over all observations, with a confidence interval that respects the groups.
+
+    Pairs of answers to one prompt are not independent, and an interval that takes them for so is too narrow. The
+    share is a ratio of two sums over groups; its variance is that of the residuals hits - share * counts.
+
+    Args:
+        hits_E: hits in each group. Shape (E,).
+        counts_E: observations in each group. Shape (E,).
+        z: standard normal quantile; 1.96 gives 95 %.
+
+    Returns:
+        Share, lower end, upper end; scalars in [0, 1], NaN without observations.
+
+    Source: Cochran 1977, "Sampling Techniques", equation 2.39 (ratio estimator).
+    """
+    share = hits_E.sum() / counts_E.sum()
+    groups = hits_E.numel()
+    variance = (hits_E - share * counts_E).square().sum() * groups / max(groups - 1, 1)
+    half = z * variance.sqrt() / counts_E.sum()
+    return share, (share - half).clamp(0, 1), (share + half).clamp(0, 1)
+
+
+def mean_interval(values: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor]:
+    """Mean of independent values and the half width of its confidence interval."""
+    return values.mean(), z * values.std() / torch.tensor(float(values.numel())).sqrt()

@@ -1,0 +1,73 @@
+"""Kullback-Leibler divergence from a reference: exact, estimated from samples, and the controller of its price."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def exact_kl(logps_SV: Tensor, reference_SV: Tensor) -> Tensor:
+    """KL(p || q) over a whole vocabulary, in nats.
+
+    Args:
+        logps_SV: log-probabilities of p; must be normalised. Shape (S, V).
+        reference_SV: log-probabilities of q. Shape (S, V).
+
+    Returns:
+        Shape (S,).
+    """
+    probs_SV = logps_SV.exp()
+    return (probs_SV * (logps_SV - reference_SV).masked_fill(probs_SV == 0, 0.0)).sum(-1)
+
+
+def estimate_kl(logps_S: Tensor, reference_S: Tensor, estimator: KLEstimator = "k1") -> Tensor:
+    """Estimate KL(p || q) per token from tokens drawn from p, in nats.
+
+    With r = q / p: k1 = -log r is unbiased and can be negative; k2 = (log r)^2 / 2 is biased and never negative;
+    k3 = r - 1 - log r is unbiased and never negative. As a *loss* they differ again: the expected gradient of k1 is 0,
+    that of k2 is the gradient of the KL, that of k3 is the gradient of the reverse one, KL(q || p).
+
+    Args:
+        logps_S: log p of the sampled tokens. Shape (S,).
+        reference_S: log q of the same tokens. Shape (S,).
+        estimator: k1, k2 or k3.
+
+    Returns:
+        Shape (S,).
+
+    Raises:
+        ValueError: unknown estimator.
+
+    Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
+    """
+    log_ratio_S = reference_S - logps_S
+    if estimator == "k1":
+        return -log_ratio_S
+    if estimator == "k2":
+        return 0.5 * log_ratio_S.square()
+    if estimator == "k3":
+        # expm1 keeps the digits near 0, where k3 lives: exp(x) - 1 - x loses them to cancellation.
+        return log_ratio_S.expm1() - log_ratio_S
+    raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
+
+
+def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: int, episodes: int) -> float:
+    """One update of the adaptive KL controller.
+
+    Args:
+        coefficient: price of a nat of KL now.
+        kl: mean KL of a sequence in the last rollout, in nats.
+        target: KL wanted, in nats; above 0.
+        horizon: episodes over which an error of 100 % would double the price.
+        episodes: how many episodes the last rollout had.
+
+    Returns:
+        The new coefficient. The proportional error is clipped to +-20 %, so one bad rollout cannot move it far.
+
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
+    """
+    error = min(max(kl / target - 1.0, -0.2), 0.2)
+    return coefficient * (1.0 + error * episodes / horizon)

@@ -1,0 +1,76 @@
+"""Write a model as a Hugging Face folder that plain transformers, TRL and vLLM load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lit_align.models.load import _quiet
+from lit_align.models.lora import has_lora, merged_state_dict
+
+
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    stop_ids: Sequence[int] = (),
+) -> Path:
+    """Save weights (adapters merged), configuration, generation configuration, tokenizer and chat template.
+
+    The folder appears whole or not at all: it is written beside its place and moved there.
+
+    Args:
+        model: a transformers model, as `LanguageModel.hf` or `ScalarModel.hf`.
+        tokenizer: saved beside it, if given.
+        folder: where to; an earlier export there is replaced.
+        stop_ids: tokens that end an answer, beside those that the model and the tokenizer name.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    state = merged_state_dict(model) if has_lora(model) else None
+    if model.can_generate():
+        _mend_generation_config(model, tokenizer, stop_ids)
+    with _quiet():
+        if state is None:
+            model.save_pretrained(partial)
+        else:
+            plain = type(model)._from_config(model.config, dtype=model.dtype)
+            plain.load_state_dict(state, strict=True)
+            plain.generation_config = model.generation_config
+            plain.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    _replace(partial, folder)
+    return folder
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    """Move a finished folder to its place; what was there goes last."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _mend_generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, stop_ids: Sequence[int]
+) -> None:
+    """Stop tokens of the data, the tokenizer and the configuration together, and the padding token not among them.
+
+    A padding token in the list of stop tokens makes a saved model answer nothing (transformers issue 48016).
+    """
+    generation = model.generation_config
+    if generation is None or tokenizer is None:
+        return
+    stops = generation.eos_token_id
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    stops = sorted({*stops, *stop_ids, tokenizer.eos_token_id} - {None})
+    pad = tokenizer.pad_token_id
+    generation.eos_token_id = [stop for stop in stops if stop != pad or stop == tokenizer.eos_token_id] or None
+    generation.pad_token_id = pad if pad is not None else tokenizer.eos_token_id

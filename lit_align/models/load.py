@@ -1,0 +1,134 @@
+"""One door to transformers: models and tokenizers from a name, a folder or a bare configuration."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from lit_align.models.lora import add_lora
+from lit_align.models.network import Network
+
+
+def load_causal_lm(network: Network) -> PreTrainedModel:
+    """A causal language model, in training mode, with explicit dtype.
+
+    Raises:
+        ValueError: no such folder or hub name, or not a causal language model.
+    """
+    model, _ = _load(network, AutoModelForCausalLM)
+    return model
+
+
+def load_scorer(network: Network, need_head: bool = False) -> PreTrainedModel:
+    """A backbone with a scalar head, in transformers' own sequence-classification layout with one label.
+
+    From a language model the backbone is taken and a new head is drawn from N(0, 1 / (H + 1)) (Stiennon et al. 2020);
+    from a reward model the head comes along.
+
+    Args:
+        network: which model.
+        need_head: refuse a folder without a trained head, so that no reward is ever computed by a random one.
+
+    Raises:
+        ValueError: no such folder or hub name, no sequence-classification class for the architecture, or no head.
+    """
+    model, missing = _load(network, AutoModelForSequenceClassification, num_labels=1)
+    if network.weights == "random" or any(key.startswith("score") for key in missing):
+        if need_head:
+            raise ValueError(
+                f"{network.name!r} holds no trained scalar head (score.weight): give the folder of a reward model, "
+                "as RewardModule exports it"
+            )
+        head: Any = model.score
+        torch.nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
+    return model
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        ValueError: no such folder or hub name.
+    """
+    with _explained(name):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
+    dtype = getattr(torch, network.dtype)
+    remote = {"trust_remote_code": network.trust_remote_code}
+    with _explained(network.name), _quiet():
+        config = AutoConfig.from_pretrained(network.name, revision=network.revision, **remote, **config_options)
+        if network.dropout is not None:
+            _set_dropout(config, network.dropout)
+        options = {"dtype": dtype, "attn_implementation": network.attention, **remote}
+        if network.weights == "random":
+            model, missing = auto_class.from_config(config, **options), []
+        else:
+            # Without an explicit dtype transformers 5 takes the checkpoint's: bf16 weights and bf16 Adam, silently.
+            model, info = auto_class.from_pretrained(
+                network.name,
+                config=config,
+                revision=network.revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+            missing = sorted(info["missing_keys"])
+    missing_weights = [key for key in missing if not key.startswith("score")]
+    if missing_weights:
+        raise ValueError(
+            f"{network.name!r} lacks {len(missing_weights)} of the weights of {type(model).__name__}, the first being "
+            f"{missing_weights[0]}: they would be random"
+        )
+    # from_pretrained returns a model in eval mode, and Lightning leaves it there: dropout off for the whole run.
+    model.train()
+    if network.lora is not None:
+        add_lora(model, network.lora)
+    if network.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, missing
+
+
+def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
+    """Set every dropout rate of a configuration, whatever the architecture calls it."""
+    for key, value in config.to_dict().items():
+        if ("drop" in key) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, key, rate)
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load {name!r} (neither a usable folder nor a name on the hub): {reason}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load report and bars: what is missing is checked here and said in one line."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,65 @@
+"""Low-rank adapters, injected by peft into the transformers model itself: no wrapper class around it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_align.models.network import Lora
+
+ADAPTER = "lit_align"
+
+
+def add_lora(model: PreTrainedModel, lora: Lora) -> None:
+    """Inject adapters into a model and freeze everything else, a scalar head (`score`) excepted."""
+    targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets
+    head = getattr(model, "score", None)
+    if head is not None and targets == "all-linear":
+        # peft leaves out the output embeddings of a language model, but would adapt the scalar head.
+        targets = sorted({n.rsplit(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"score"})
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    model.add_adapter(config, adapter_name=ADAPTER)
+    if head is not None:
+        head.requires_grad_(True)
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether adapters were injected."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before training: adapters are skipped. The reference of a policy trained with LoRA."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights with every adapter folded in, under the names that the model has without adapters.
+
+    Nothing is merged in place: adding an update to a weight and subtracting it again does not give the weight back.
+    """
+    updates = {
+        f"{name}.weight": layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+        for name, layer in model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    state = {}
+    for name, weight in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        name = name.replace(".base_layer.", ".")
+        state[name] = weight.detach() + updates[name].to(weight) if name in updates else weight.detach()
+    return state

@@ -1,0 +1,51 @@
+"""Which model to use and how: the options that every role (policy, reward, value, reference) shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Lora:
+    """Low-rank adapters in place of full fine-tuning (Hu et al. 2021).
+
+    Attributes:
+        r: rank of the update.
+        alpha: scale; the update is multiplied by alpha / r.
+        dropout: on the adapter's input. Keep 0 for PPO: a policy that drops units is not the policy that sampled.
+        targets: names of the linear layers to adapt, or all-linear for every one but the head.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+
+
+@dataclass
+class Network:
+    """A model from the hub, from a folder, or with random weights from a configuration.
+
+    Attributes:
+        name: hub name or folder, in Hugging Face format.
+        weights: pretrained, or random to take only the configuration and start from scratch.
+        dtype: of the weights in memory. The default keeps fp32 master weights; lower precision for computing is the
+            Trainer's `precision`.
+        dropout: set every dropout of the model to this; null keeps the model's own.
+        lora: train low-rank adapters and freeze the rest.
+        attention: attention implementation; null lets transformers choose.
+        activation_checkpointing: recompute activations in backward to save memory.
+        trust_remote_code: run model code that comes with the weights.
+        revision: hub revision.
+    """
+
+    name: str
+    weights: Literal["pretrained", "random"] = "pretrained"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dropout: float | None = 0.0
+    lora: Lora | None = None
+    attention: Literal["sdpa", "eager"] | None = None
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+    revision: str | None = None

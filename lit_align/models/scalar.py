@@ -1,0 +1,75 @@
+"""A scalar model as the methods see it: the reward of a sequence, or the value of each state before a scored token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_align.models.trees import TreeModel
+from lit_align.types import PackedBatch
+
+
+class ScalarModel(TreeModel):
+    """A transformers sequence-classification model with one label that scores packed batches.
+
+    The last token of a sequence is found by the batch, never by comparing ids with the padding token: where padding
+    and stop token are one id, that comparison reads the score of a finished answer before its end.
+
+    Attributes:
+        mean, std: affine normalisation of rewards, learned after training and kept in the exported folder: rewards
+            are (score - mean) / std.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__(hf)
+        self.register_buffer("mean", torch.tensor(float(getattr(hf.config, "reward_mean", 0.0))))
+        self.register_buffer("std", torch.tensor(float(getattr(hf.config, "reward_std", 1.0))))
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Raw score of each sequence, read at its last token. Shape (Q,)."""
+        hidden, rows = self.hidden(batch)
+        return self.head(hidden[rows.last_Q])
+
+    def rewards(self, batch: PackedBatch) -> Tensor:
+        """Normalised reward of each sequence. Shape (Q,)."""
+        return (self(batch) - self.mean) / self.std
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        """Normalised value of the state before each scored token. Shape (S,)."""
+        hidden, rows = self.hidden(batch)
+        return (self.head(hidden[rows.source_S]) - self.mean) / self.std
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states to scalars, in fp32 at least."""
+        head: Any = self.hf.score
+        score: Tensor = head(hidden).squeeze(-1)
+        return score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
+
+    def normalize(self, mean: float, std: float) -> None:
+        """Make rewards (score - mean) / std from here on, also in the exported folder."""
+        self.mean.fill_(mean)
+        self.std.fill_(std)
+        self.hf.config.reward_mean, self.hf.config.reward_std = mean, std
+
+
+class ValueHead(nn.Module):
+    """A value per state on a trunk shared with the policy.
+
+    Starts at 0 (Huang et al. 2024, detail 11), so that the first advantages are the returns themselves.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_SH: Tensor) -> Tensor:
+        """Shape (S,)."""
+        return self.linear(hidden_SH).squeeze(-1).float()

@@ -1,0 +1,9 @@
+"""The four methods, each a LightningModule that reads like its algorithm."""
+
+from lit_align.modules.dpo import DPOModule
+from lit_align.modules.ppo import PPOModule
+from lit_align.modules.reward import RewardModule
+from lit_align.modules.schedule import Constant, Cosine, Linear, Schedule
+from lit_align.modules.sft import SFTModule
+
+__all__ = ["Constant", "Cosine", "DPOModule", "Linear", "PPOModule", "RewardModule", "SFTModule", "Schedule"]

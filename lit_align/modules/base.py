@@ -1,0 +1,193 @@
+"""What every method shares: optimizer and schedule, an exact loss normaliser, lean checkpoints, resume to the bit."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_align.modules.schedule import Schedule
+
+
+class AlignModule(LightningModule):
+    """Base of the four methods.
+
+    A subclass loads its models in `configure_model`, never in `__init__`: a configuration is then parsed and checked
+    without a download, and weights are created where the strategy wants them.
+
+    Args:
+        optimizer: parameters (or groups of them) to optimizer.
+        schedule: learning rate as a function of the optimizer step; null keeps it constant.
+        lr_scheduler: a scheduler of torch instead, stepped once per optimizer step.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable = lambda parameters: AdamW(parameters, lr=1e-5, weight_decay=0.0),
+        schedule: Schedule | None = None,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if schedule is not None and lr_scheduler is not None:
+            raise ValueError("give a schedule or an lr_scheduler, not both")
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.lr_scheduler = lr_scheduler
+        # Frozen weights are not in checkpoints: see on_save_checkpoint.
+        self.strict_loading = False
+        self._loss_sum: Tensor | float = 0.0
+        self._loss_count = 0.0
+        self._rng: dict[str, Any] | None = None
+
+    # Optimizer and schedule.
+
+    optimizer_steps_per_batch = 1
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+    def configure_optimizers(self) -> Any:
+        """One optimizer, and a schedule that counts optimizer steps."""
+        optimizer: Optimizer = self.optimizer(self.parameter_groups())
+        if self.schedule is not None:
+            schedule, total = self.schedule, self.total_steps()
+            scheduler: Any = LambdaLR(optimizer, lambda step: schedule.factor(step, total))
+        elif self.lr_scheduler is not None:
+            scheduler = self.lr_scheduler(optimizer)
+        else:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run.
+
+        Counted here and not by Trainer.estimated_stepping_batches, which knows of one step per batch only.
+
+        Raises:
+            ValueError: the run has no end to stretch a schedule to.
+        """
+        trainer = self.trainer
+        steps = float("inf")
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            loader: Any = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+            batches, limit = len(loader), trainer.limit_train_batches
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+            per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) * self.optimizer_steps_per_batch
+            steps = per_epoch * trainer.max_epochs
+        if trainer.max_steps >= 0:
+            steps = min(steps, trainer.max_steps)
+        if math.isinf(steps):
+            raise ValueError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+        return int(steps)
+
+    # The exact normaliser.
+
+    def accumulate(self, loss_sum: Tensor, count: int) -> Tensor:
+        """What `training_step` returns: the *sum* of losses over a micro-batch, and its count kept for later.
+
+        A mean per micro-batch, averaged over micro-batches and ranks, is another loss than the mean over the batch
+        (10 % off on ragged data). Sums add up; they are divided once, before clipping, by the count of all
+        micro-batches and ranks of the optimizer step.
+        """
+        self._loss_sum = self._loss_sum + loss_sum.detach()
+        self._loss_count += count
+        # Lightning divides by this; the sum is to stay a sum.
+        return loss_sum * self.trainer.accumulate_grad_batches
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradient of the summed loss by the count over all micro-batches and ranks."""
+        if not self.automatic_optimization:
+            return
+        totals = self.sum_over_ranks([self._loss_sum, self._loss_count])
+        # Distributed strategies average gradients over ranks: undo that too.
+        scale = self.trainer.world_size / float(totals[1])
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self.log("train/loss", totals[0] / totals[1], prog_bar=True)
+        self._loss_sum, self._loss_count = 0.0, 0.0
+
+    def sum_over_ranks(self, values: Iterable[Tensor | float]) -> Tensor:
+        """Scalars summed over all processes."""
+        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]).to(self.device)
+        if self.trainer.world_size > 1:
+            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum")
+        return stacked
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Mean of the values of all processes."""
+        total, count = self.sum_over_ranks([values.sum(), values.numel()])
+        return total / count
+
+    def moments_over_ranks(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of the values of all processes."""
+        mean = self.mean_over_ranks(values.double())
+        variance = self.mean_over_ranks((values.double() - mean).square())
+        return mean.to(values), variance.to(values)
+
+    @contextlib.contextmanager
+    def gradient_sync(self, on: bool) -> Iterator[None]:
+        """Under DDP, all-reduce gradients in this backward or keep them local: the last of a step is enough."""
+        model: Any = self.trainer.strategy.model
+        with contextlib.nullcontext() if on or not hasattr(model, "no_sync") else model.no_sync():
+            yield
+
+    def log_all(self, prefix: str, values: dict[str, Tensor], prog_bar: Collection[str] = ()) -> None:
+        """Log scalars under a prefix, averaged over ranks."""
+        for name, value in values.items():
+            shown = name in prog_bar
+            self.log(f"{prefix}/{name}", value.float().to(self.device), prog_bar=shown, sync_dist=True, batch_size=1)
+
+    @property
+    def stage(self) -> str:
+        """The first half of a metric's name in evaluation."""
+        return "test" if self.trainer.testing else "val"
+
+    # Checkpoints.
+
+    def frozen(self) -> set[str]:
+        """Names of state that is loaded from its own folder and therefore kept out of checkpoints."""
+        fixed = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        prefixes = tuple(f"{name}." for name, child in self.named_children() if not _trains(child))
+        return {name for name in self.state_dict() if name in fixed or name.startswith(prefixes)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave out what is frozen; put in the state of the random generators."""
+        for name in self.frozen():
+            checkpoint["state_dict"].pop(name, None)
+        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available() and self.device.type == "cuda":
+            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that lacks trained weights: without strict loading they would stay as they are."""
+        missing = set(self.state_dict()) - set(checkpoint["state_dict"]) - self.frozen()
+        unknown = set(checkpoint["state_dict"]) - set(self.state_dict())
+        if missing or unknown:
+            what, names = ("lacks", missing) if missing else ("has unknown", unknown)
+            raise ValueError(
+                f"the checkpoint {what} {len(names)} weights, the first being {min(names)!r}: other model?"
+            )
+        self._rng = checkpoint.get("rng")
+
+    def on_train_start(self) -> None:
+        """Continue the random sequence of the checkpoint: only now has everything drawn that draws at start-up."""
+        if self._rng is not None:
+            torch.set_rng_state(self._rng["cpu"].cpu())
+            if "cuda" in self._rng and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
+            self._rng = None
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())

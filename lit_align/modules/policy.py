@@ -1,0 +1,105 @@
+"""What the three methods that train a language model share: the policy, its reference, and answering prompts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_align.models.language import LanguageModel
+from lit_align.models.load import load_causal_lm, load_tokenizer
+from lit_align.models.lora import adapters_off, has_lora
+from lit_align.models.network import Network
+from lit_align.modules.base import AlignModule
+from lit_align.rollout import Engine, Sampling, TransformersEngine
+from lit_align.types import Completion, PackedBatch, PromptBatch, Rollout
+
+
+class PolicyModule(AlignModule):
+    """Base of SFT, DPO and PPO.
+
+    Args:
+        network: the model to train.
+        sampling: how it answers prompts, in `lit-align predict` (and in training, for PPO).
+        seed: of the sampling.
+        base: optimizer, schedule, lr_scheduler; see `AlignModule`.
+    """
+
+    policy: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __init__(self, network: Network, sampling: Sampling | None = None, seed: int = 0, **base: Any) -> None:
+        super().__init__(**base)
+        self.network = network
+        self.sampling = sampling or Sampling()
+        self.seed = seed
+        self.engine: Engine = TransformersEngine()
+        self.reference: LanguageModel | None = None
+
+    def configure_model(self) -> None:
+        """Load the policy, once."""
+        if not hasattr(self, "policy"):
+            self.policy = LanguageModel(load_causal_lm(self.network))
+            self.tokenizer = load_tokenizer(self.network.name, self.network.trust_remote_code, self.network.revision)
+
+    def exported(self) -> Any:
+        """The transformers model that the run leaves behind."""
+        return self.policy.hf
+
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: the model's, the tokenizer's, and the end of turn of the data's chat template."""
+        own = self.policy.hf.generation_config.eos_token_id
+        datamodule = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        stops = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
+        stops += getattr(datamodule, "stop_ids", [])
+        return sorted({stop for stop in stops if stop is not None})
+
+    def answer(self, batch: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
+        """Sample answers to prompts; a function of the seed."""
+        answers = self.engine(self.policy, batch.prompts, sampling, self.stop_ids(), seed)
+        prompts = [prompt for prompt, given in zip(batch.prompts, answers, strict=True) for _ in given]
+        rows = [row for row, given in zip(batch.rows, answers, strict=True) for _ in given]
+        completions: list[Completion] = [completion for given in answers for completion in given]
+        texts = self.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+        return Rollout(prompts, rows, completions, [text.strip() for text in texts], sampling.samples)
+
+    # The reference: the policy before training.
+
+    def load_reference(self, network: Network | None) -> None:
+        """Load it as a frozen copy, unless the policy is an adapter that can be switched off: then it is that.
+
+        Args:
+            network: another model than the one training starts from.
+        """
+        if network is None and has_lora(self.policy):
+            return
+        frozen = replace(network or self.network, lora=None, activation_checkpointing=False)
+        if frozen.weights == "random":
+            raise ValueError("the reference cannot start from random weights: give it a folder or a hub name")
+        self.reference = LanguageModel(load_causal_lm(frozen)).requires_grad_(False)
+
+    @torch.no_grad()
+    def reference_logps(self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+        """Its log-probabilities of the scored tokens. Shape (S,)."""
+        if self.reference is None:
+            with adapters_off(self.policy):
+                return self.policy(batch, temperature, top_p).logps_S
+        # Lightning puts every child in training mode before each epoch.
+        return self.reference.eval()(batch, temperature, top_p).logps_S
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Rows for `completions.jsonl`: the prompt's row with its sampled completions."""
+        seed = self.seed + 1_000_003 * self.global_rank + batch_idx
+        rollout = self.answer(batch, self.sampling, seed)
+        k = self.sampling.samples
+        return [
+            {
+                **row,
+                "completions": rollout.texts[i * k : (i + 1) * k],
+                "finished": [completion.finished for completion in rollout.completions[i * k : (i + 1) * k]],
+            }
+            for i, row in enumerate(batch.rows)
+        ]

@@ -1,0 +1,131 @@
+"""Reward modelling: a scalar per answer, learnt from how people ranked answers to one prompt."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import CatMetric, MeanMetric
+
+from lit_align.functional.reward import (
+    bradley_terry_loss,
+    davidson_tie_loss,
+    davidson_win_loss,
+    plackett_luce_loss,
+    ranked_pairs,
+    tied_pairs,
+)
+from lit_align.models.load import load_scorer
+from lit_align.models.network import Network
+from lit_align.models.scalar import ScalarModel
+from lit_align.modules.base import AlignModule
+from lit_align.modules.metrics import PairAccuracy
+from lit_align.types import PreferenceBatch
+
+
+class RewardModule(AlignModule):
+    """Trains a reward model (Ouyang et al. 2022, step 2). One example is one prompt with all its ranked answers.
+
+    Args:
+        network: backbone; the scalar head is new, unless the folder has one.
+        loss: bradley_terry on all pairs of a prompt, each weighted 1 / C(K, 2); plackett_luce on whole rankings;
+            davidson, Bradley-Terry with a probability of ties, which otherwise are left out.
+        label_smoothing: how often labels are taken to be wrong (bradley_terry).
+        centering: weight of (better + worse)^2, which keeps scores near 0 (bradley_terry).
+        log_tie: log of Davidson's tie parameter.
+        normalize: after each validation, shift and scale rewards to mean 0 and variance 1 on its answers. Kept in the
+            exported folder; a KL coefficient then means the same whatever the scale of the scores.
+        options: those of `AlignModule`.
+    """
+
+    scorer: ScalarModel
+
+    def __init__(
+        self,
+        network: Network,
+        loss: Literal["bradley_terry", "plackett_luce", "davidson"] = "bradley_terry",
+        label_smoothing: float = 0.0,
+        centering: float = 0.0,
+        log_tie: float = 0.0,
+        normalize: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.network = network
+        self.loss_name = loss
+        self.label_smoothing = label_smoothing
+        self.centering = centering
+        self.log_tie = log_tie
+        self.normalize = normalize
+        self.loss = MeanMetric()
+        self.accuracy, self.length_accuracy = PairAccuracy(), PairAccuracy()
+        self.scores = CatMetric()
+
+    def configure_model(self) -> None:
+        """Load the backbone and its head, once."""
+        if not hasattr(self, "scorer"):
+            self.scorer = ScalarModel(load_scorer(self.network))
+
+    def exported(self) -> Any:
+        """The transformers model that the run leaves behind."""
+        return self.scorer.hf
+
+    def loss_sum(self, score_Q: Tensor, batch: PreferenceBatch) -> Tensor:
+        """Loss summed over the prompts of a batch."""
+        examples_Q = batch.packed.example_Q
+        if self.loss_name == "plackett_luce":
+            return plackett_luce_loss(score_Q, batch.rank_Q, examples_Q, batch.packed.num_examples).sum()
+        pairs = ranked_pairs(batch.rank_Q, examples_Q)
+        better_P, worse_P = score_Q[pairs.better_P], score_Q[pairs.worse_P]
+        if self.loss_name == "davidson":
+            ties = tied_pairs(batch.rank_Q, examples_Q)
+            loss_P = davidson_win_loss(better_P, worse_P, self.log_tie)
+            tie_P = davidson_tie_loss(score_Q[ties.better_P], score_Q[ties.worse_P], self.log_tie)
+            return (pairs.weight_P * loss_P).sum() + (ties.weight_P * tie_P).sum()
+        margin_P = batch.margin_Q[pairs.better_P] - batch.margin_Q[pairs.worse_P]
+        loss_P = bradley_terry_loss(better_P, worse_P, margin_P, self.label_smoothing, self.centering)
+        return (pairs.weight_P * loss_P).sum()
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Loss per prompt."""
+        return self.accumulate(self.loss_sum(self.scorer(batch.packed), batch), batch.packed.num_examples)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Loss, accuracy on pairs, and beside it that of a model which only counts tokens and likes few."""
+        packed = batch.packed
+        score_Q = self.scorer(packed)
+        pairs = ranked_pairs(batch.rank_Q, packed.example_Q)
+        self.loss.update(self.loss_sum(score_Q, batch) / packed.num_examples, packed.num_examples)
+        self.accuracy.update(score_Q, pairs, packed.num_examples)
+        length_Q = torch.bincount(packed.sequence_S, minlength=packed.num_sequences)
+        self.length_accuracy.update(-length_Q, pairs, packed.num_examples)
+        self.scores.update(score_Q)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log, and normalise rewards on the held-out answers."""
+        share, low, high = self.accuracy.compute()
+        shorter, _, _ = self.length_accuracy.compute()
+        scores = self.scores.compute()
+        self.log(f"{self.stage}/loss", self.loss.compute())
+        self.log(f"{self.stage}/accuracy", share, prog_bar=True)
+        self.log(f"{self.stage}/accuracy_low", low)
+        self.log(f"{self.stage}/accuracy_high", high)
+        self.log(f"{self.stage}/shorter_wins", shorter)
+        self.log(f"{self.stage}/score_mean", scores.mean())
+        self.log(f"{self.stage}/score_std", scores.std())
+        for metric in (self.loss, self.accuracy, self.length_accuracy, self.scores):
+            metric.reset()
+        if self.normalize and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.scorer.normalize(scores.mean().item(), max(scores.std().item(), 1e-6))
+
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """Rows for `completions.jsonl`: the normalised rewards of each prompt's answers, in their order."""
+        rewards_Q, example_Q = self.scorer.rewards(batch.packed).tolist(), batch.packed.example_Q.tolist()
+        rows: list[dict[str, Any]] = [{"rewards": []} for _ in range(batch.packed.num_examples)]
+        for reward, example in zip(rewards_Q, example_Q, strict=True):
+            rows[example]["rewards"].append(reward)
+        return rows

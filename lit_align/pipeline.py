@@ -1,0 +1,281 @@
+"""Stages in order, artefacts handed over as folders, taken up where they were left.
+
+A pipeline file names stages, each with the YAML it runs, and nothing else; every stage can be run alone by hand:
+
+    root: runs/sandbox
+    stages:
+      pretrain: {fit: pretrain.yaml}
+      samples: {predict: samples.yaml}
+      comparisons: {call: comparisons.yaml}
+
+`fit` and `predict` are the commands of that name; `call` instantiates a class that has `run(out: Path)` and runs it.
+Paths in the stages' YAML that begin with the root are where stages find each other's artefacts: with another output
+folder they follow. With another seed, so does every key named `seed` or `seed_everything`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from lit_align.callbacks.manifest import environment
+
+KINDS = ("fit", "predict", "call")
+DONE = "done.json"
+
+
+class Step(Protocol):
+    """What a `call` stage names by class_path."""
+
+    def run(self, out: Path) -> dict[str, float]:
+        """Write artefacts into a folder; return figures for the summary."""
+        ...
+
+
+@dataclass
+class Stage:
+    """One stage, resolved.
+
+    Attributes:
+        name: also the name of its folder.
+        kind: fit, predict or call.
+        config: its YAML, with root, seed and overrides filled in.
+        parents: stages whose folders its configuration names.
+    """
+
+    name: str
+    kind: str
+    config: dict[str, Any]
+    parents: list[str]
+
+
+# Runs a stage of kind fit or predict: kind, path of the YAML, further arguments.
+RunCommand = Callable[[str, Path, list[str]], None]
+RunStep = Callable[[Path, Path], dict[str, float]]
+
+
+class Pipeline:
+    """A pipeline file, resolved for one output folder and seed.
+
+    Args:
+        file: the pipeline's YAML.
+        out: where to run; null for the file's root.
+        seed: added to every seed of the stages.
+        quick: apply the file's `quick` overrides, which shrink it to a trial.
+        overrides: "stage.dotted.key": value, over everything else.
+
+    Raises:
+        ValueError: the file does not say what a pipeline needs; names the key.
+    """
+
+    def __init__(
+        self,
+        file: str | Path,
+        out: str | Path | None = None,
+        seed: int = 0,
+        quick: bool = False,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.file = Path(file)
+        content = _load(self.file)
+        unknown = set(content) - {"root", "stages", "quick"}
+        if unknown or not isinstance(content.get("root"), str) or not isinstance(content.get("stages"), dict):
+            problem = (
+                f"unknown key {min(unknown)!r}" if unknown else "root (a folder) and stages (a mapping) are needed"
+            )
+            raise ValueError(f"{self.file}: {problem}; a pipeline has root, stages and, if you like, quick")
+        self.root = content["root"].rstrip("/")
+        self.out = Path(out) if out is not None else Path(self.root)
+        self.seed = seed
+        self.overrides = dict(overrides or {})
+        if quick:
+            self.overrides = {**_flat(content.get("quick") or {}), **self.overrides}
+        self.stages = [self._resolve(name, told) for name, told in content["stages"].items()]
+        for key in self.overrides:
+            if key.split(".")[0] not in content["stages"]:
+                raise ValueError(f"{self.file}: {key!r} overrides no stage; stages are {', '.join(content['stages'])}")
+
+    def _resolve(self, name: str, told: Any) -> Stage:
+        if not isinstance(told, dict) or len(told) != 1 or next(iter(told)) not in KINDS:
+            raise ValueError(
+                f"{self.file}: stage {name!r} must be one of {', '.join(KINDS)} with the name of a YAML file"
+            )
+        ((kind, file),) = told.items()
+        config = _load(self.file.parent / file)
+        if kind == "call":
+            config.setdefault("init_args", {})
+        else:
+            config["out"] = f"{self.root}/{name}"
+        parents: set[str] = set()
+        config = self._fill(config, parents)
+        for key, value in self.overrides.items():
+            stage, _, dotted = key.partition(".")
+            if stage == name:
+                _set(config, dotted, self._fill(value, parents), f"{self.file}: override {key!r}")
+        return Stage(name, kind, config, sorted(parents - {name}))
+
+    def _fill(self, value: Any, parents: set[str]) -> Any:
+        """Root and seeds; notes which stages are named."""
+        if isinstance(value, dict):
+            return {
+                key: item + self.seed
+                if key in ("seed", "seed_everything") and isinstance(item, int)
+                else self._fill(item, parents)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [self._fill(item, parents) for item in value]
+        if isinstance(value, str) and value.startswith(f"{self.root}/"):
+            rest = value[len(self.root) + 1 :]
+            parents.add(rest.split("/")[0])
+            return str(self.out / rest)
+        return value
+
+    def run(self, command: RunCommand, step: RunStep, say: Callable[[str], None] = print) -> dict[str, float]:
+        """Run what is not done yet; write `summary.json`, and return it.
+
+        A stage is done when its configuration and its parents' are those it was done with. One whose configuration has
+        changed is set aside and run again; one that was interrupted goes on from its last checkpoint.
+        """
+        started = time.monotonic()
+        keys: dict[str, str] = {}
+        for number, stage in enumerate(self.stages, start=1):
+            keys[stage.name] = key = self._key(stage, keys)
+            folder = self.out / stage.name
+            done = _read(folder / DONE)
+            heading = f"[{number}/{len(self.stages)}] {stage.name}"
+            if done.get("key") == key:
+                say(f"{heading}: done before, in {done['seconds']:.0f} s")
+                continue
+            if done or ((folder / "stage.json").exists() and _read(folder / "stage.json").get("key") != key):
+                aside = _set_aside(folder)
+                say(f"{heading}: its configuration has changed; the earlier one is kept in {aside}")
+            say(f"{heading} ...")
+            self._run_stage(stage, folder, key, command, step)
+            done = _read(folder / DONE)
+            say(f"{heading}: {done['seconds']:.0f} s")
+        summary = self.summary()
+        summary["seconds"] = round(sum(v for k, v in summary.items() if k.endswith("/seconds")), 1)
+        summary["seconds_this_time"] = round(time.monotonic() - started, 1)
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.out / "manifest.json").write_text(json.dumps(self._manifest(keys), indent=2) + "\n")
+        return summary
+
+    def _run_stage(self, stage: Stage, folder: Path, key: str, command: RunCommand, step: RunStep) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _read(folder / "stage.json").get("seconds", 0.0)
+        _write(folder / "stage.json", {"key": key, "seconds": before})
+        file = folder / "stage.yaml"
+        file.write_text(yaml.safe_dump(stage.config, sort_keys=False))
+        started = time.monotonic()
+        try:
+            if stage.kind == "call":
+                figures = step(file, folder)
+            else:
+                resumes = stage.kind == "fit" and (folder / "checkpoints" / "last.ckpt").exists()
+                if stage.kind == "fit" and not resumes:
+                    # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
+                    (folder / "config.yaml").unlink(missing_ok=True)
+                    (folder / "metrics.csv").unlink(missing_ok=True)
+                command(stage.kind, file, ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")] if resumes else [])
+                figures = {}
+        finally:
+            # The time of an interrupted attempt counts.
+            seconds = before + time.monotonic() - started
+            _write(folder / "stage.json", {"key": key, "seconds": seconds})
+        _write(folder / DONE, {"key": key, "seconds": round(seconds, 1), "figures": figures})
+
+    def summary(self) -> dict[str, float]:
+        """Figures of all stages: what steps returned, what fits validated last, and seconds."""
+        summary: dict[str, float] = {}
+        for stage in self.stages:
+            folder = self.out / stage.name
+            done = _read(folder / DONE)
+            if not done:
+                continue
+            summary |= {name if "/" in name else f"{stage.name}/{name}": v for name, v in done["figures"].items()}
+            if stage.kind == "fit":
+                summary |= {f"{stage.name}/{name}": v for name, v in last_validation(folder / "metrics.csv").items()}
+            summary[f"{stage.name}/seconds"] = done["seconds"]
+        return summary
+
+    def _key(self, stage: Stage, keys: Mapping[str, str]) -> str:
+        """Hash of a stage's configuration, wherever it runs, and of its parents'."""
+        text = json.dumps(stage.config, sort_keys=True).replace(str(self.out), self.root)
+        parents = [keys[parent] for parent in stage.parents if parent in keys]
+        return hashlib.sha256(json.dumps([stage.kind, text, parents]).encode()).hexdigest()[:16]
+
+    def _manifest(self, keys: Mapping[str, str]) -> dict[str, Any]:
+        stages = {stage.name: {"key": keys[stage.name], "parents": stage.parents} for stage in self.stages}
+        return {**environment(), "pipeline": str(self.file), "seed": self.seed, "stages": stages}
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """The last value of each validation metric of a run, without the `val/`."""
+    if not metrics.exists():
+        return {}
+    values: dict[str, float] = {}
+    with metrics.open(newline="") as file:
+        for row in csv.DictReader(file):
+            values |= {name[4:]: float(v) for name, v in row.items() if name.startswith("val/") and v}
+    return values
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        reason = str(error).replace("\n", " ")
+        raise ValueError(f"cannot read {file}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {type(content).__name__}, expected a mapping")
+    return content
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    """Stages of dotted keys as "stage.dotted.key"."""
+    return {f"{stage}.{key}": value for stage, keys in nested.items() for key, value in keys.items()}
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any, what: str) -> None:
+    *path, last = dotted.split(".")
+    here: Any = config
+    for part in path:
+        here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
+        if not isinstance(here, (dict, list)):
+            raise ValueError(f"{what} goes through {part!r}, which is no mapping")
+    if isinstance(here, list):
+        here[int(last)] = value
+    else:
+        here[last] = value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content))
+    partial.replace(path)
+
+
+def _set_aside(folder: Path) -> Path:
+    def free() -> Iterator[Path]:
+        number = 1
+        while True:
+            yield folder.parent / "replaced" / f"{folder.name}-{number}"
+            number += 1
+
+    aside = next(path for path in free() if not path.exists())
+    aside.parent.mkdir(exist_ok=True)
+    folder.rename(aside)
+    return aside

@@ -1,0 +1,166 @@
+"""The figures of the page, as SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lit_align.report.read import Curve, RunData
+
+# Wong 2011, "Points of view: Color blindness": told apart by everybody.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280"
+COLOURS = {"base": GREY, "sft": BLUE, "ppo": ORANGE, "dpo": GREEN}
+
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": "#374151",
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lit_align",
+}
+
+# What to show of a stage's curves, in this order: metric, title.
+PANELS = [
+    ("train/loss", "training loss (nats)"),
+    ("val/loss", "held-out loss (nats)"),
+    ("val/accuracy", "held-out accuracy on pairs"),
+    ("train/accuracy", "training accuracy on pairs"),
+    ("ppo/reward", "reward of rollouts"),
+    ("ppo/kl", "KL from the reference (nats)"),
+    ("ppo/length", "length of answers (tokens)"),
+    ("ppo/entropy", "entropy (nats per token)"),
+    ("ppo/clip_fraction", "share of clipped tokens"),
+    ("ppo/explained_variance", "explained variance of the value"),
+    ("val/gold", "gold reward, held out"),
+]
+
+
+@contextmanager
+def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def curves(stage: str, metrics: dict[str, Curve]) -> str | None:
+    """Small multiples of a stage's metrics; None if it has none of those known here."""
+    shown = [(name, title) for name, title in PANELS if name in metrics and len(metrics[name][0]) > 1]
+    if not shown:
+        return None
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    with _figure(3.1 * columns, 2.2 * rows, columns, rows) as (figure, axes):
+        for ax, (name, title) in zip(axes, shown, strict=False):
+            steps, values = metrics[name]
+            colour = COLOURS.get(stage, BLUE)
+            noisy = len(values) > 60
+            ax.plot(steps, values, color=colour, linewidth=0.8 if noisy else 1.6, alpha=0.3 if noisy else 1.0)
+            if noisy:
+                ax.plot(steps, _smooth(values), color=colour, linewidth=1.6)
+            ax.set_title(title)
+            ax.set_xlabel("optimizer step" if not name.startswith(("ppo", "val")) else "step")
+        for ax in axes[len(shown) :]:
+            ax.remove()
+        return _svg(figure)
+
+
+def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average without the bias of its start."""
+    smoothed, running, norm = [], 0.0, 0.0
+    for value in values:
+        running, norm = weight * running + (1 - weight) * value, weight * norm + (1 - weight)
+        smoothed.append(running / norm)
+    return smoothed
+
+
+def reward_against_kl(run: RunData) -> str | None:
+    """Gold and proxy reward against KL: the path of each PPO stage, and where every policy ended."""
+    paths = {s: c for s, c in run.curves.items() if {"val/kl", "val/gold", "val/reward"} <= set(c)}
+    if not paths:
+        return None
+    with _figure(5.2 * len(paths), 3.6, len(paths)) as (figure, axes):
+        for ax, (stage, metrics) in zip(axes, paths.items(), strict=True):
+            kl = metrics["val/kl"][1]
+            for name, label, colour in (("val/reward", "proxy: the reward model", GREY), ("val/gold", "gold", ORANGE)):
+                ax.plot(
+                    kl, metrics[name][1], "o-", color=colour, markersize=3, linewidth=1.4, label=f"{stage}, {label}"
+                )
+            _mark_policies(ax, run.summary, stage)
+            ax.set_xlabel("KL from SFT (nats per answer)")
+            ax.set_ylabel("mean reward")
+            ax.set_title(f"{stage}: reward against KL, held-out prompts")
+            ax.legend(fontsize=8)
+        return _svg(figure)
+
+
+def _mark_policies(ax: Axes, summary: dict[str, float], stage: str) -> None:
+    for policy in ("sft", "dpo", stage):
+        kl, gold = summary.get(f"{policy}/kl"), summary.get(f"{policy}/gold_reward")
+        if kl is None or gold is None:
+            continue
+        ax.errorbar(
+            kl, gold, yerr=1.96 * summary.get(f"{policy}/gold_reward_se", 0.0), fmt="D", markersize=5,
+            color=COLOURS.get(policy, ORANGE), capsize=2,
+        )  # fmt: skip
+        ax.annotate(policy, (kl, gold), textcoords="offset points", xytext=(6, -10), fontsize=8, color="#374151")
+
+
+def behaviour(summary: dict[str, float], policies: list[str], measures: dict[str, str]) -> str | None:
+    """Shares of a kind of behaviour, side by side for every policy."""
+    shown = {key: title for key, title in measures.items() if all(f"{p}/{key}" in summary for p in policies)}
+    if not shown or not policies:
+        return None
+    with _figure(1.9 * len(shown) + 0.6, 2.6, len(shown)) as (figure, axes):
+        for ax, (key, title) in zip(axes, shown.items(), strict=True):
+            values = [summary[f"{policy}/{key}"] for policy in policies]
+            bars = ax.bar(policies, values, color=[COLOURS.get(policy, PURPLE) for policy in policies], width=0.7)
+            ax.bar_label(bars, fmt="%.2f", fontsize=8, color="#374151", padding=2)
+            ax.set_ylim(0, 1.12)
+            ax.set_title(title, fontsize=9)
+            ax.grid(visible=False)
+            ax.tick_params(axis="x", labelsize=8, rotation=35 if len(policies) > 4 else 0)
+            ax.set_yticks([])
+            ax.spines["left"].set_visible(False)
+        return _svg(figure)
+
+
+def durations(summary: dict[str, float]) -> str | None:
+    """Seconds of each stage."""
+    seconds: dict[str, Any] = {k[:-8]: v for k, v in summary.items() if k.endswith("/seconds")}
+    if not seconds:
+        return None
+    with _figure(6.4, 0.28 * len(seconds) + 0.6) as (figure, (ax,)):
+        bars = ax.barh(list(seconds), list(seconds.values()), color=GREY, height=0.65)
+        ax.bar_label(bars, fmt="%.0f s", fontsize=8, padding=3, color="#374151")
+        ax.invert_yaxis()
+        ax.grid(visible=False)
+        ax.set_xticks([])
+        ax.spines["bottom"].set_visible(False)
+        ax.margins(x=0.12)
+        return _svg(figure)

@@ -1,0 +1,67 @@
+"""A trained reward model as a reward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_align.data.chat import ChatEncoder
+from lit_align.data.source import expand
+from lit_align.functional.packing import pack
+from lit_align.models.load import load_scorer, load_tokenizer
+from lit_align.models.network import Network
+from lit_align.models.scalar import ScalarModel
+from lit_align.rewards.base import Reward, checked
+from lit_align.types import Example, PackedBatch, Rollout, Segment
+
+
+class ModelReward(Reward):
+    """Scores completions with a folder that RewardModule exported, or any sequence classifier with one label.
+
+    Where the policy has the same vocabulary its very tokens are scored; otherwise prompt and answer are written in the
+    reward model's own chat template and tokenised anew.
+
+    Args:
+        network: which model; a bare name will do for `network.name`.
+        batch_size: sequences scored together.
+    """
+
+    def __init__(self, network: Network, batch_size: int = 64) -> None:
+        super().__init__()
+        self.network = network
+        self.batch_size = batch_size
+        self.model: ScalarModel | None = None
+        self.encoder: ChatEncoder | None = None
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Load the frozen weights; see `Reward`."""
+        if self.model is not None:
+            return
+        self.network.name = expand(self.network.name)
+        self.model = ScalarModel(load_scorer(self.network, need_head=True)).requires_grad_(False)
+        own = load_tokenizer(self.network.name)
+        self.encoder = None if own.get_vocab() == tokenizer.get_vocab() else ChatEncoder(own)
+
+    @torch.no_grad()
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Normalised rewards, shape (Q,)."""
+        assert self.model is not None, "load() comes first"
+        self.model.eval()  # whatever the trainer did: a reward must not drop units
+        device = self.model.hf.device
+        scores = []
+        step = max(self.batch_size // rollout.samples, 1) * rollout.samples
+        for first in range(0, rollout.num_sequences, step):
+            part = rollout.pick(range(first, min(first + step, rollout.num_sequences)))
+            batch = PackedBatch(*(x.to(device) for x in pack(self._examples(part))))
+            scores.append(self.model.rewards(batch).float().cpu())
+        return checked(torch.cat(scores), rollout, f"the reward model {self.network.name}")
+
+    def _examples(self, rollout: Rollout) -> list[Example]:
+        if self.encoder is None:
+            return rollout.examples()
+        examples = []
+        for row, text in zip(rollout.rows, rollout.texts, strict=True):
+            ids = self.encoder.prompt(row["prompt"])
+            examples.append(Example(Segment(ids, [False] * len(ids)), [self.encoder.answer(row["prompt"], text)]))
+        return examples
