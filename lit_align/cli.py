@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,12 +182,27 @@ def _quiet_start() -> Iterator[None]:
     for logger in loggers:
         logger.addFilter(wanted)
     try:
-        yield
+        with warnings.catch_warnings():
+            for message in _UPSTREAM:
+                warnings.filterwarnings("ignore", message=message)
+            yield
     finally:
         for logger in loggers:
             logger.removeFilter(wanted)
 
 
+# Warnings that say nothing about the user's run, by how they begin.
+_UPSTREAM = (
+    r"LightningCLI's args parameter is intended",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The '\w+' does not have many workers",
+    r"Couldn't infer the batch indices fetched from your dataloader",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"Checkpoint directory .* exists and is not empty",
+    r"Using ModelCheckpoint with manual optimization",  # it holds the weights after the step, as it should
+    r"(?s)\s*.{0,80}deprecated in v4",  # of jsonargparse, by Lightning
+    r"\s*By default only one JsonargparseDeprecationWarning",
+)
 _TALKATIVE = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",

@@ -93,7 +93,7 @@ def _step(file: Path, folder: Path) -> dict[str, float]:
     parser.add_argument("--step", type=Step)
     try:
         config = parser.parse_object({"step": yaml.safe_load(file.read_text())})
-        step: Step = parser.instantiate_classes(config).step
+        step: Step = parser.instantiate(config).step
     except (TypeError, ValueError, argparse.ArgumentError) as error:
         raise ConfigError(f"{file}: {explain(str(error))}") from error
     return step.run(folder)

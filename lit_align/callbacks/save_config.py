@@ -24,7 +24,7 @@ class SaveRunConfig(SaveConfigCallback):
         """On the first process, before anything runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parser.save(
-            self.config, str(self.folder / "config.yaml"), skip_none=False, overwrite=True, multifile=False
+            self.config, str(self.folder / "config.yaml"), skip_unset=False, overwrite=True, multifile=False
         )
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": self._plain()})
@@ -47,7 +47,7 @@ class SaveRunConfig(SaveConfigCallback):
             )
 
     def _plain(self) -> dict[str, Any]:
-        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        text = self.parser.dump(self.config, skip_unset=False, format="yaml")
         loaded: dict[str, Any] = yaml.safe_load(text)
         return loaded
 

@@ -72,15 +72,17 @@ class TextDataModule(LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or max_length < 2:
-            raise ValueError(f"batch_size must be at least 1 and max_length at least 2, got {batch_size}, {max_length}")
+        val_batch_size = batch_size if val_batch_size is None else val_batch_size
+        if min(batch_size, val_batch_size) < 1 or max_length < 2:
+            sizes = f"{batch_size}, {val_batch_size} and {max_length}"
+            raise ValueError(f"batch_size and val_batch_size must be at least 1, max_length at least 2, got {sizes}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
         self.tokenizer_name = tokenizer
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.val_fraction = val_fraction
         self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
+        self.val_batch_size = val_batch_size
         self.max_length = max_length
         self.truncate = truncate
         self.chat_template = chat_template
@@ -113,29 +115,33 @@ class TextDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise every source into the cache, on one process."""
         if self.cache_dir is not None:
-            for sources in self.sources.values():
-                for source in sources or ():
+            for source in (source for sources in self.sources.values() for source in sources or ()):
+                if source.cacheable:
                     self._build(source)
 
     def setup(self, stage: str) -> None:
         """Read the tokenised sources, hold out prompts, fix the order."""
-        needed = {"fit": ("train", "val"), "validate": ("train", "val"), "test": ("test",), "predict": ("predict",)}
-        wanted = [part for part in needed[stage] if part in ("train", "val") or self.sources[part] is not None]
-        for part in wanted or ("train", "val"):
-            if part not in self._stores and self.sources[part] is not None:
+        for part in self._parts(stage):
+            if part not in self._stores:
                 self._stores[part] = [self._build(source) for source in self.sources[part] or ()]
                 self._report(part)
         if "train" in self._stores and self._order is None:
             self._split()
 
+    def _parts(self, stage: str) -> list[str]:
+        """Whose sources a stage needs: held-out examples are part of the training sources."""
+        part = {"fit": "train", "validate": "val"}.get(stage, stage)
+        val = "val" if self.sources["val"] is not None else "train"
+        if part == "train":
+            return list(dict.fromkeys(["train", val]))
+        return [part if self.sources[part] is not None else val]
+
     def train_dataloader(self) -> Loader:
         """One epoch of training batches, from where training stands."""
-        order = self._order
-        if order is None or not len(order):
-            raise ValueError("there are no training examples: see the counts above for what happened to the rows")
         examples = self.batch_size * self._world
         # Rounded up: the last batch of an epoch is filled from the next one, and nothing is left out.
-        return Loader(self._train_batch, math.ceil(len(order) / examples), self.num_workers, self.position)
+        batches = math.ceil(len(self._training_order()) / examples)
+        return Loader(self._train_batch, batches, self.num_workers, self.position)
 
     def val_dataloader(self) -> Loader:
         """Held-out examples, in order."""
@@ -215,29 +221,36 @@ class TextDataModule(LightningDataModule):
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer is not None else 0
 
+    def _training_order(self) -> Order:
+        if self._order is None or not len(self._order):
+            raise ValueError("there are no training examples: see the counts above for what happened to the rows")
+        return self._order
+
     def _train_batch(self, number: int) -> Any:
         """The number-th batch of this rank: ranks take consecutive parts of one global batch."""
-        assert self._order is not None
+        order = self._training_order()
         first = (number * self._world + self._rank) * self.batch_size
-        refs = [self._order[first + i] for i in range(self.batch_size)]
+        refs = [order[first + i] for i in range(self.batch_size)]
         return self.collate([self._stores["train"][source][item] for source, item in refs])
 
     def _evaluation(self, part: str) -> Loader:
-        if self.sources[part] is not None:
-            stores = self._stores[part]
+        if self.sources[part] is None:
+            part = "val" if self.sources["val"] is not None else "train"
+        stores, refs = self._stores[part], self._held_out
+        if part != "train":
             refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
-        elif self.sources["val"] is not None:
-            stores = self._stores["val"]
-            refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
-        else:
-            stores, refs = self._stores["train"], self._held_out
+        if 0 < len(refs) < self._world:
+            raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
         mine = refs[self._rank :: self._world]
-        size = self.val_batch_size
+        # As many batches on every process: a model that is spread over them waits for all at each.
+        even = math.ceil(math.ceil(len(refs) / self._world) / self.val_batch_size)
+        batches = min(even, len(refs) // self._world)
 
         def batch(number: int) -> Any:
-            return self.collate([stores[s][i] for s, i in mine[number * size : (number + 1) * size]])
+            start, end = number * len(mine) // batches, (number + 1) * len(mine) // batches
+            return self.collate([stores[s][i] for s, i in mine[start:end]])
 
-        return Loader(batch, math.ceil(len(mine) / size), self.num_workers)
+        return Loader(batch, batches, self.num_workers)
 
 
 def _cache_dir(given: str | None) -> Path | None:

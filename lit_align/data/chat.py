@@ -3,6 +3,9 @@
 A conversation is tokenised segment by segment, and a segment ends where a model's turn begins or ends. Training then
 sees exactly the token sequence that generation produces (the prompt tokenised alone, the answer after it); no token can
 straddle the border, and answers to one prompt share it token by token.
+
+The stop token is the first special token that the chat template writes behind an answer. Where it writes none, the
+tokenizer's end of sequence is added to every answer.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from lit_align.types import Segment
 Messages = list[dict[str, str]]
 Turns = Literal["all", "last"]
 
-# For tokenizers that come without one. The answer starts with its blank, as byte-level vocabularies like it.
+# For tokenizers that come without one; behind a BOS token where the tokenizer begins text with one. The answer starts
+# with its blank, as byte-level vocabularies like it.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'].capitalize() + ': ' + message['content'] }}"
@@ -37,7 +41,8 @@ class ChatEncoder:
         turns: score every assistant turn of a conversation or the last one only.
 
     Raises:
-        ValueError: no stop token: neither the template nor the tokenizer says where an answer ends.
+        ValueError: the template does not write what is said; or no stop token: neither the template nor the tokenizer
+            says where an answer ends.
     """
 
     def __init__(
@@ -48,15 +53,16 @@ class ChatEncoder:
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         elif tokenizer.chat_template is None:
-            tokenizer.chat_template = PLAIN_TEMPLATE
-        if tokenizer.eos_token_id is None and self._template_stop is None:
+            tokenizer.chat_template = ("{{ bos_token }}" if self._begins_text else "") + PLAIN_TEMPLATE
+        self._template_stop = self._find_stop()
+        if not self.stop_ids:
             raise ValueError(
                 "no stop token: the tokenizer has no eos_token and the chat template ends answers with none"
             )
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the template's end of turn, and the tokenizer's end of sequence."""
+        """Tokens that end an answer: the template's end of turn, and last the tokenizer's end of sequence."""
         stops = [self._template_stop, self.tokenizer.eos_token_id]
         return list(dict.fromkeys(stop for stop in stops if stop is not None))
 
@@ -66,48 +72,58 @@ class ChatEncoder:
 
     def text(self, text: str) -> Segment:
         """Plain text as a document: every token scored, the stop token at its end included."""
-        ids = self._with_bos(self.tokens(text))
-        if self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
+        ids = self._with_bos(self._ended(self.tokens(text)))
         return Segment(ids, [False] + [True] * (len(ids) - 1))
 
     def prompt(self, prompt: str | Messages) -> list[int]:
-        """Ids of a prompt: a conversation with the generation prompt after it, or plain text without a template."""
+        """Ids of a prompt: a conversation with the generation prompt after it, or plain text without a template.
+
+        Raises:
+            BadField: no tokens come out, so that nothing could predict the answer's first; or the template refuses it.
+        """
         if isinstance(prompt, str):
-            return self._with_bos(self.tokens(prompt))
-        return self.tokens(self._render(prompt, generation_prompt=True))
+            ids = self._with_bos(self.tokens(prompt))
+        else:
+            ids = self.tokens(self._render(prompt, generation_prompt=True))
+        if not ids:
+            raise BadField("prompt", "comes out as no tokens")
+        return ids
 
     def answer(self, prompt: str | Messages, answer: str, finished: bool = True) -> Segment:
         """An answer to a prompt: all of it scored, the stop token included if it finished."""
         if isinstance(prompt, str):
-            ids = [*self.tokens(answer), self.tokenizer.eos_token_id]
+            ids = self._ended(self.tokens(answer))
         else:
             before = self._render(prompt, generation_prompt=True)
-            after = self._render([*prompt, {"role": "assistant", "content": answer}])
-            ids = self._stopped(self._rest(after, before))
+            ids, _ = self._turn(self._render([*prompt, {"role": "assistant", "content": answer}]), before)
         if not finished and len(ids) > 1:
             ids = ids[:-1]
         return Segment(ids, [True] * len(ids))
 
     def conversation(self, messages: Messages) -> Segment:
-        """A conversation: assistant turns are scored (each, or the last), from their first token to the stop token."""
-        whole = self._render(messages)
-        speaks = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        """A conversation: assistant turns are scored (each, or the last), from their first token to the stop token.
+
+        A turn that begins the conversation answers nothing and is context. What follows the last assistant turn is left
+        out: there is nothing in it to learn.
+        """
+        speaks = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        if not speaks:
+            raise BadField("messages", "have no assistant turn that answers something")
+        whole = self._render(messages[: speaks[-1] + 1])
         ids: list[int] = []
         scored: list[bool] = []
         done = 0  # characters of `whole` that are tokenised
         for i in speaks[-1:] if self.turns == "last" else speaks:
             before = self._render(messages[:i], generation_prompt=True)
             after = self._render(messages[: i + 1])
-            self._rest(whole, after)
-            context, turn = self.tokens(whole[done : len(before)]), self._rest(after, before)
-            answer = self._stopped(turn)
+            self._check_appends(whole, after)
+            answer, length = self._turn(after, before)
+            context = self._continued(whole[done : len(before)], after_stop=bool(ids))
+            ids += context + answer
+            scored += [False] * len(context) + [True] * len(answer)
             # What the template writes behind the stop token (a line break) is context for the next turn, not scored.
-            tail = [] if i == speaks[-1] else self.tokens(turn)[len(answer) :]
-            ids += context + answer + tail
-            scored += [False] * len(context) + [True] * len(answer) + [False] * len(tail)
-            done = len(after)
-        return Segment(ids, scored)
+            done = len(before) + length
+        return Segment(ids, [False, *scored[1:]])  # nothing comes before the first token to predict it
 
     def _render(self, messages: Messages, generation_prompt: bool = False) -> str:
         try:
@@ -117,41 +133,71 @@ class ChatEncoder:
         except Exception as error:  # a template raises what it likes: jinja's errors, TypeError, ...
             raise BadField("messages", f"does not fit the chat template: {error}") from error
 
-    def _rest(self, text: str, beginning: str) -> str:
+    def _check_appends(self, text: str, beginning: str) -> None:
         if not text.startswith(beginning):
             raise BadField(
                 "messages",
                 "are rendered differently by the chat template once an answer follows, so no token sequence of this "
                 "conversation is what the model would see: set turns: last, or give a chat_template that only appends",
             )
-        return text[len(beginning) :]
 
-    def _stopped(self, turn: str) -> list[int]:
-        """Ids of a turn as the model should say it: up to the stop token, which is added if the template has none."""
-        ids = self.tokens(turn)
-        stop = self._template_stop
-        if stop is None:
-            return [*self.tokens(turn.rstrip()), self.tokenizer.eos_token_id]
+    def _turn(self, after: str, before: str) -> tuple[list[int], int]:
+        """Ids of a turn as the model should say it, and how many characters of it they stand for.
+
+        That is everything up to the stop token, which is added if the template writes none.
+        """
+        self._check_appends(after, before)
+        turn = after[len(before) :]
+        if self._template_stop is None:
+            said = turn.rstrip()
+            return self._ended(self.tokens(said)), len(said)
         # The last one: content that spells the stop token must not end the turn early.
-        last = len(ids) - 1 - ids[::-1].index(stop) if stop in ids else len(ids) - 1
-        return ids[: last + 1]
+        said, stop, _ = turn.rpartition(self._spelled(self._template_stop))
+        if not stop:
+            raise BadField("messages", "are rendered without a stop token behind an answer by the chat template")
+        return self.tokens(said + stop), len(said + stop)
 
-    @cached_property
-    def _template_stop(self) -> int | None:
-        """The first special token that the template writes after an answer; None if it writes none."""
-        question = {"role": "user", "content": "a"}
-        whole = self._render([question, {"role": "assistant", "content": "b"}])
-        beginning = self._render([question], generation_prompt=True)
-        if not whole.startswith(beginning):
-            return None
-        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder} - {
-            self.tokenizer.unk_token_id
-        }
-        after = self.tokens(whole[len(beginning) :])
-        return next((token for token in after if token in special), None)
+    def _continued(self, text: str, after_stop: bool) -> list[int]:
+        """Ids of the text between two answers, as in a prompt that holds both of them."""
+        if not after_stop or self._template_stop is None:
+            return self.tokens(text)
+        # Some special tokens swallow the blanks behind them, so the one before is needed to tell.
+        return self.tokens(self._spelled(self._template_stop) + text)[1:]
+
+    def _spelled(self, token: int) -> str:
+        return str(self.tokenizer.convert_ids_to_tokens(token))
+
+    def _find_stop(self) -> int | None:
+        """The first special token that the template writes behind an answer; None if it writes none.
+
+        Behind it, and not behind the prompt: a template may put special tokens before what is said (`<think>`).
+        """
+        said = "Lorem ipsum"
+        try:
+            whole = self._render([{"role": "user", "content": "Dolor?"}, {"role": "assistant", "content": said}])
+        except BadField as problem:
+            raise ValueError(f"the chat template cannot write a question and an answer: {problem}") from problem
+        if said not in whole:
+            raise ValueError(
+                f"the chat template does not write what the assistant says, but {whole!r:.80}: it must be a Jinja "
+                "template, not the name of one"
+            )
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        # Blank ones end nothing: some vocabularies have runs of blanks and line breaks as added tokens.
+        ends = {token for token in special - {self.tokenizer.unk_token_id} if self._spelled(token).strip()}
+        return next((token for token in self.tokens(whole.rpartition(said)[2]) if token in ends), None)
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """End with the end of sequence, and never with two: some data sets spell it out."""
+        end = self.stop_ids[-1]
+        return ids if ids[-1:] == [end] else [*ids, end]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         """Begin with the BOS token where the tokenizer would have added one, and never with two."""
         bos = self.tokenizer.bos_token_id
-        adds = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
-        return [bos, *ids] if adds and ids[:1] != [bos] else ids
+        return [bos, *ids] if self._begins_text and ids[:1] != [bos] else ids
+
+    @cached_property
+    def _begins_text(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]

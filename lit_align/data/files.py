@@ -6,17 +6,24 @@ extracted to disk.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
+import lzma
 import os
 import re
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import fsspec
 
-from lit_align.data.rows import BadRow, Row
+from lit_align.data.rows import BadFile, BadRow, Row
+
+# What unpacking and decoding raise when a file is damaged; most of it is no OSError.
+_DAMAGED = (OSError, EOFError, UnicodeError, csv.Error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 def expand(path: str) -> str:
@@ -32,7 +39,7 @@ def expand(path: str) -> str:
     return expanded
 
 
-def open_files(path: str) -> list[tuple[str, Any]]:
+def open_files(path: str, compression: str | None = "infer") -> list[tuple[str, Any]]:
     """The files behind a path, each with its name and an fsspec handle to open.
 
     Raises:
@@ -40,17 +47,26 @@ def open_files(path: str) -> list[tuple[str, Any]]:
     """
     path = expand(path)
     try:
-        handles = fsspec.open_files(path, mode="rb", compression="infer")
+        handles = fsspec.open_files(path, mode="rb", compression=compression)
         found = [(handle.path, handle) for handle in handles if handle.fs.isfile(handle.path)]
-    except (OSError, ValueError) as error:
+    except (*_DAMAGED, ValueError, ImportError) as error:
         raise ValueError(f"cannot open {path!r}: {error}") from error
     if not found:
         raise ValueError(f"no file matches {path!r}")
     return sorted(found, key=lambda item: item[0])
 
 
+def read_bytes(path: str) -> Iterator[bytes]:
+    """Names and contents of the files behind a path, not decompressed: what a fingerprint is made of."""
+    for name, handle in open_files(path, compression=None):
+        yield os.path.basename(name).encode()
+        with _opened(name, handle) as raw:
+            while block := raw.read(1 << 20):
+                yield block
+
+
 def read_rows(name: str, handle: Any, header: list[str] | None = None) -> Iterator[tuple[int, Row | BadRow]]:
-    """Rows of a file, each with its number (from 1; the line number where a row is a line).
+    """Rows of a file, each with its number, from 1: the line in jsonl and text, in csv the row as a spreadsheet counts.
 
     A row that cannot be read comes out as a `BadRow`, so that the caller decides whether to stop or to count it. What
     makes the rest of the file unreadable (a truncated archive, a broken json list) is raised.
@@ -61,49 +77,68 @@ def read_rows(name: str, handle: Any, header: list[str] | None = None) -> Iterat
         header: column names of a csv without a header line.
 
     Raises:
-        BadRow: the file as a whole cannot be read.
+        BadFile: the rest of the file cannot be read.
+        ValueError: no known ending.
     """
     kind = name.removesuffix(".gz").removesuffix(".bz2").removesuffix(".xz").rsplit(".", 1)[-1].lower()
     if kind not in _READERS:
         raise ValueError(f"{name!r} is none of {', '.join(_READERS)} (.gz, .bz2 and .xz included)")
+    with _opened(name, handle) as raw:
+        yield from _READERS[kind](name, raw, header)
+
+
+@contextlib.contextmanager
+def _opened(name: str, handle: Any) -> Iterator[Any]:
     try:
         with handle as raw:
-            yield from _READERS[kind](name, raw, header)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
-        raise BadRow(name, "unknown", f"the file cannot be read: {error}") from error
+            yield raw
+    except _DAMAGED as error:
+        raise BadFile(name, "the file cannot be read to its end", error) from error
 
 
 def _text(raw: IO[bytes]) -> io.TextIOWrapper:
-    # utf-8-sig: a byte order mark is not part of the first key.
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
+    # utf-8-sig: a byte order mark is not part of the first key. Bytes that are no UTF-8 become lone surrogates, which
+    # `text_of` refuses: an error of one field of one row, and not of the whole file.
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _read_json(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
-    content = _text(raw).read()
+    with _text(raw) as text:
+        content = text.read()
     try:
         rows = json.loads(content)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object after another: json lines under the name json
-            yield from _json_lines(name, content.splitlines())
+    except (ValueError, RecursionError) as error:
+        lines = io.StringIO(content)
+        if _is_object(next((line for line in lines if line.strip()), "")):  # json lines under the name json
+            lines.seek(0)
+            yield from _json_lines(name, lines)
             return
-        raise BadRow(name, f"at line {error.lineno}", f"not valid json: {error.msg}") from error
+        raise BadFile(name, "the file as a whole", f"not valid json: {error}") from error
     if not isinstance(rows, list):
-        raise BadRow(name, 1, f"the file holds {type(rows).__name__}, expected a list of rows")
+        raise BadFile(name, "the file as a whole", f"holds {type(rows).__name__}, expected a list of rows")
     for number, row in enumerate(rows, start=1):
         yield number, _checked(name, number, row)
 
 
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
 def _read_jsonl(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
-    yield from _json_lines(name, _text(raw))
+    with _text(raw) as lines:
+        yield from _json_lines(name, lines)
 
 
-def _json_lines(name: str, lines: Any) -> Iterator[tuple[int, Row | BadRow]]:
+def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[int, Row | BadRow]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # ValueError alone: a number of more than 4,300 digits
             yield number, BadRow(name, number, f"not valid json: {error}")
             continue
         yield number, _checked(name, number, row)
@@ -114,40 +149,52 @@ def _checked(name: str, number: int, row: object) -> Row | BadRow:
 
 
 def _read_csv(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
-    reader = csv.reader(_text(raw))
-    columns = header if header is not None else next(reader, [])
-    for number, cells in enumerate(reader, start=1 if header is not None else 2):
-        if not cells:
-            continue
-        if len(cells) != len(columns):
-            yield number, BadRow(name, number, f"has {len(cells)} cells for {len(columns)} columns")
-            continue
-        yield number, dict(zip(columns, cells, strict=True))
+    with _text(raw) as lines:
+        # strict: a quote that is never closed is an error, and does not swallow the rest of the file.
+        reader = csv.reader(lines, strict=True)
+        columns = header if header is not None else next(reader, [])
+        if len(set(columns)) < len(columns):
+            raise BadFile(name, "row 1", f"a column name comes twice in {', '.join(map(repr, columns))}")
+        number = 0 if header is not None else 1
+        while True:
+            number += 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, BadRow(name, number, f"not valid csv: {error}")
+                continue
+            if len(cells) == len(columns):
+                yield number, dict(zip(columns, cells, strict=True))
+            elif cells:  # not a blank line
+                yield number, BadRow(name, number, f"has {len(cells)} cells for {len(columns)} columns")
 
 
 def _read_parquet(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
     import pyarrow.parquet  # comes with datasets; slow to import
 
-    try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(raw.read()))
-    except pyarrow.ArrowException as error:
-        raise BadRow(name, "unknown", f"not valid parquet: {error}") from error
     number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    try:
+        for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowException as error:
+        raise BadFile(name, f"after row {number}", f"not valid parquet: {error}") from error
 
 
 def _read_text(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
     """Plain text: a row for each block between blank lines, numbered by its first line."""
     block: list[str] = []
-    for number, line in enumerate(_text(raw), start=1):
-        if line.strip():
-            block.append(line)
-        elif block:
-            yield number - len(block), {"text": "".join(block).strip()}
-            block = []
+    number = 0
+    with _text(raw) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                block.append(line)
+            elif block:
+                yield number - len(block), {"text": "".join(block).strip()}
+                block = []
     if block:
         yield number - len(block) + 1, {"text": "".join(block).strip()}
 

@@ -29,9 +29,13 @@ def fit(example: Example, max_length: int, truncate: Truncate, tally: Tally) -> 
         return example
     if truncate == "never":
         raise BadField("tokens", f"number {longest}, above max_length {max_length}: raise it, or set truncate")
+    cut = _cut_right(example, max_length) if truncate == "answer" else _cut_left(example, max_length)
     tally["truncated"] += 1
-    if truncate == "answer":
-        return _cut_right(example, max_length)
+    return cut
+
+
+def _cut_left(example: Example, max_length: int) -> Example:
+    trunk, branches = example
     if not branches:
         return Example(_cut_left_scored(trunk, max_length))
     branches = [_head(branch, max_length - 1) for branch in branches]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
-from lit_align.data.rows import BadField, Row, filled, list_of, messages_of, prompt_of, text_of, user
+from lit_align.data.rows import BadField, Row, filled, list_of, messages_of, number_of, prompt_of, text_of, user
 
 Reader = Callable[[Row], list[Row]]
+Messages = list[dict[str, str]]
 
 
 def _instruction(row: Row) -> str:
@@ -31,33 +33,54 @@ def instances(row: Row) -> list[Row]:
     for i, instance in enumerate(list_of(row, "instances")):
         if not isinstance(instance, dict):
             raise BadField(f"instances[{i}]", f"is {type(instance).__name__}, expected input and output")
-        rows += alpaca({"instruction": row.get("instruction"), **instance})
+        instruction = {"instruction": row["instruction"]} if "instruction" in row else {}
+        try:
+            rows += alpaca({**instruction, **instance})
+        except BadField as problem:
+            raise problem if problem.field == "instruction" else problem.inside(f"instances[{i}]") from None
     return rows
 
 
 def sharegpt(row: Row) -> list[Row]:
-    """ShareGPT: conversations of {"from": human | gpt | system, "value"}."""
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+    """ShareGPT: conversations of {"from": human | gpt | system | tool, "value"}."""
+    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+    roles |= {"system": "system", "tool": "tool"}
     turns = []
     for i, turn in enumerate(list_of(row, "conversations")):
-        speaker = turn.get("from") if isinstance(turn, dict) else None
-        if speaker not in roles:
-            raise BadField(f"conversations[{i}].from", f"is {speaker!r}, expected one of {', '.join(roles)}")
-        turns.append({"role": roles[speaker], "content": turn.get("value")})
-    return messages({"messages": turns})
+        where = f"conversations[{i}]"
+        if not isinstance(turn, dict):
+            raise BadField(where, f"is {type(turn).__name__}, expected a turn with from and value")
+        speaker = turn.get("from")
+        if not isinstance(speaker, str) or speaker not in roles:
+            raise BadField(f"{where}.from", f"is {speaker!r:.40}, expected one of {', '.join(roles)}")
+        try:
+            turns.append({"role": roles[speaker], "content": text_of(turn, "value")})
+        except BadField as problem:
+            raise problem.inside(where) from None
+    return _conversation(turns, "conversations")
 
 
 def messages(row: Row) -> list[Row]:
     """OpenAI chat: messages of {"role", "content"}; something must be said by the assistant."""
-    turns = messages_of(row, "messages")
+    return _conversation(messages_of(row, "messages"), "messages")
+
+
+def _conversation(turns: Messages, field: str) -> list[Row]:
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
-        raise BadField("messages", "has no assistant turn with text, so there is nothing to learn")
+        raise BadField(field, "has no assistant turn with text, so there is nothing to learn")
     return [{"messages": turns}]
 
 
 def prompt_completion(row: Row) -> list[Row]:
     """A prompt (text, or a conversation) and its completion; plain text gets no chat template."""
-    return [{"prompt": prompt_of(row), "completion": _completion(row, "completion", empty=False)}]
+    answer = _completion(row, "completion", empty=False)
+    return [{"prompt": _asked(row, row["completion"]), "completion": answer}]
+
+
+def _asked(row: Row, *answers: object) -> str | Messages:
+    """The prompt; text becomes a user's turn where the answers to it are turns of the assistant."""
+    prompt = prompt_of(row)
+    return user(prompt) if isinstance(prompt, str) and any(isinstance(a, list) for a in answers) else prompt
 
 
 def _completion(row: Row, field: str, empty: bool = True) -> str:
@@ -70,7 +93,7 @@ def _completion(row: Row, field: str, empty: bool = True) -> str:
     return text_of(row, field) if empty else filled(row, field)
 
 
-def _pair(prompt: str | list[dict[str, str]], chosen: str, rejected: str, margin: float | None = None) -> list[Row]:
+def _pair(prompt: str | Messages, chosen: str, rejected: str, margin: float | None = None) -> list[Row]:
     row: Row = {"prompt": prompt, "completions": [chosen, rejected], "ranks": [0.0, 1.0]}
     return [row if margin is None else {**row, "margins": [margin, 0.0]}]
 
@@ -78,45 +101,49 @@ def _pair(prompt: str | list[dict[str, str]], chosen: str, rejected: str, margin
 def pairs(row: Row) -> list[Row]:
     """Preference pairs: prompt (or Alpaca's instruction and input), chosen, rejected, optional margin.
 
-    Without a prompt column the two are whole conversations that differ in the last turn (UltraFeedback, TRL's implicit
-    prompt).
+    Where the two are whole conversations, they differ in the last turn, and what comes before it is the prompt, beside
+    whatever a prompt column says (UltraFeedback, TRL's implicit prompt).
     """
-    margin = row.get("margin")
-    if margin is not None and (isinstance(margin, bool) or not isinstance(margin, (int, float))):
-        raise BadField("margin", f"is {type(margin).__name__}, expected a number")
-    if row.get("prompt") is None and row.get("instruction") is None:
+    margin = None if row.get("margin") is None else number_of(row, "margin")
+    sides = [row.get("chosen"), row.get("rejected")]
+    asked = row.get("prompt") is not None or row.get("instruction") is not None
+    if any(isinstance(side, list) and len(side) > 1 for side in sides) or not asked:
         chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
-        if chosen[:-1] != rejected[:-1]:
-            raise BadField("rejected", "answers another conversation than chosen: their earlier turns differ")
-        prompt = prompt_of({"prompt": chosen[:-1]})
-        return _pair(prompt, _completion({"c": chosen[-1:]}, "c"), _completion({"c": rejected[-1:]}, "c"), margin)
-    prompt = user(_instruction(row)) if row.get("prompt") is None else prompt_of(row)
-    return _pair(prompt, _last_turn(row, "chosen"), _last_turn(row, "rejected"), margin)
+        answers = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+        return _pair(_shared(chosen, rejected), *answers, margin)
+    prompt = user(_instruction(row)) if row.get("prompt") is None else _asked(row, *sides)
+    return _pair(prompt, _completion(row, "chosen"), _completion(row, "rejected"), margin)
 
 
-def _last_turn(row: Row, field: str) -> str:
-    """The answer; of a whole conversation (UltraFeedback has those beside its prompt column) the last turn."""
-    value = row.get(field)
-    return _completion({field: value[-1:]} if isinstance(value, list) and len(value) > 1 else row, field)
+def _shared(chosen: Messages, rejected: Messages) -> Messages:
+    """What two conversations were both answers to."""
+    if chosen[:-1] != rejected[:-1]:
+        raise BadField("rejected", "answers another conversation than chosen: their earlier turns differ")
+    if not chosen[:-1] or chosen[-2]["role"] == "assistant":
+        raise BadField("chosen", "has nothing that its last turn would answer")
+    return chosen[:-1]
+
+
+def _answer(turns: Messages, field: str) -> str:
+    if turns[-1]["role"] != "assistant":
+        raise BadField(field, f"ends with a turn of {turns[-1]['role']}, expected an answer by the assistant")
+    return turns[-1]["content"]
 
 
 def hh(row: Row) -> list[Row]:
     r"""Anthropic HH-RLHF: chosen and rejected as flat strings of "\n\nHuman: ..." and "\n\nAssistant: ..." turns."""
-    turns = {}
-    for field in ("chosen", "rejected"):
-        turns[field] = _hh_turns(field, filled(row, field))
-    if turns["chosen"][:-1] != turns["rejected"][:-1]:
-        raise BadField("rejected", "answers another conversation than chosen: their earlier turns differ")
-    return _pair(turns["chosen"][:-1], turns["chosen"][-1]["content"], turns["rejected"][-1]["content"])
+    chosen, rejected = (_hh_turns(field, filled(row, field)) for field in ("chosen", "rejected"))
+    return _pair(_shared(chosen, rejected), chosen[-1]["content"], rejected[-1]["content"])
 
 
-def _hh_turns(field: str, text: str) -> list[dict[str, str]]:
+def _hh_turns(field: str, text: str) -> Messages:
     turns = []
-    for part in text.split("\n\nHuman:")[1:]:
+    before, *parts = text.split("\n\nHuman:")
+    for part in parts:
         question, *answers = part.split("\n\nAssistant:")
         turns.append({"role": "user", "content": question.strip()})
         turns += [{"role": "assistant", "content": answer.strip()} for answer in answers]
-    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+    if before.strip() or len(turns) < 2 or turns[-1]["role"] != "assistant":
         raise BadField(
             field, 'is not a dialogue of "\\n\\nHuman:" and "\\n\\nAssistant:" turns that the assistant ends'
         )
@@ -127,22 +154,35 @@ def oasst(row: Row) -> list[Row]:
     """OpenAssistant message trees: every prompter turn whose replies people ranked becomes one ranking."""
     rankings: list[Row] = []
 
-    def visit(node: Row, path: list[dict[str, str]]) -> None:
-        role = "user" if node.get("role") == "prompter" else "assistant"
-        path = [*path, {"role": role, "content": text_of(node, "text")}]
-        replies = node.get("replies") or []
+    def visit(node: object, where: str, path: Messages) -> None:
+        if not isinstance(node, dict):
+            raise BadField(where, f"is {type(node).__name__}, expected a message of a tree")
+        try:
+            path = [*path, {"role": _oasst_role(node), "content": text_of(node, "text")}]
+            if node.get("rank") is not None:
+                number_of(node, "rank")
+            replies = [] if node.get("replies") is None else node["replies"]
+            if not isinstance(replies, list):
+                raise BadField("replies", f"is {type(replies).__name__}, expected a list")
+        except BadField as problem:
+            raise problem.inside(where) from None
+        for i, reply in enumerate(replies):
+            visit(reply, f"{where}.replies[{i}]", path)
         ranked = [reply for reply in replies if reply.get("rank") is not None]
-        if role == "user" and len(ranked) > 1:
-            answers = [text_of(reply, "text") for reply in ranked]
-            rankings.append({"prompt": path, "completions": answers, "ranks": [float(r["rank"]) for r in ranked]})
-        for reply in replies:
-            visit(reply, path)
+        if path[-1]["role"] == "user" and len(ranked) > 1:
+            answers = [reply["text"] for reply in ranked]
+            ranks = [float(reply["rank"]) for reply in ranked]
+            rankings.append({"prompt": path, "completions": answers, "ranks": ranks})
 
-    root = row.get("prompt")
-    if not isinstance(root, dict):
-        raise BadField("prompt", f"is {type(root).__name__}, expected the root message of a tree")
-    visit(root, [])
+    visit(row.get("prompt"), "prompt", [])
     return rankings
+
+
+def _oasst_role(node: Row) -> str:
+    roles = {"prompter": "user", "assistant": "assistant"}
+    if node.get("role") not in list(roles):
+        raise BadField("role", f"is {node.get('role')!r:.40}, expected one of {', '.join(roles)}")
+    return roles[node["role"]]
 
 
 def pair_labels(row: Row) -> list[Row]:
@@ -151,7 +191,7 @@ def pair_labels(row: Row) -> list[Row]:
     The labels are turned into ranks by wins (a tie counts half for each); answers with equal wins tie.
     """
     labels = list_of(row, "preference")
-    if len(labels) != 6 or any(label not in (0, 1, 2) for label in labels):
+    if len(labels) != 6 or any(isinstance(label, bool) or label not in (0, 1, 2) for label in labels):
         raise BadField("preference", f"is {labels!r:.60}, expected six labels of 0 (tie), 1 or 2")
     wins = [0.0] * 4
     for (i, j), label in zip(itertools.combinations(range(4), 2), labels, strict=True):
@@ -165,50 +205,64 @@ def pair_labels(row: Row) -> list[Row]:
 def rankings(row: Row) -> list[Row]:
     """A prompt, K completions and their ranks: lower is better, equal is a tie.
 
-    Sampled answers may come with `finished`: one that was cut for want of room gets no stop token.
+    Optional beside them, one per completion: `margins`, how much better each answer is; and of sampled answers
+    `finished`: one that was cut for want of room gets no stop token.
     """
-    answers, ranks = list_of(row, "completions"), list_of(row, "ranks")
-    if len(answers) != len(ranks):
-        raise BadField("ranks", f"has {len(ranks)} entries for {len(answers)} completions")
+    answers = list_of(row, "completions")
     if len(answers) < 2:
         raise BadField("completions", "has one answer, which leaves nothing to compare")
-    for i, rank in enumerate(ranks):
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != rank:
-            raise BadField(f"ranks[{i}]", f"is {rank!r}, expected a number")
     texts = [_completion({f"completions[{i}]": a}, f"completions[{i}]") for i, a in enumerate(answers)]
-    ranked: Row = {"prompt": prompt_of(row), "completions": texts, "ranks": [float(rank) for rank in ranks]}
-    finished = row.get("finished")
-    if finished is None:
-        return [ranked]
-    if (
-        not isinstance(finished, list)
-        or len(finished) != len(answers)
-        or any(not isinstance(f, bool) for f in finished)
-    ):
-        raise BadField("finished", f"must be a list of {len(answers)} times true or false, one per completion")
-    return [{**ranked, "finished": finished}]
+    ranked: Row = {"prompt": _asked(row, *answers), "completions": texts}
+    ranked["ranks"] = _per_answer(row, "ranks", len(texts), number_of)
+    if row.get("margins") is not None:
+        ranked["margins"] = _per_answer(row, "margins", len(texts), number_of)
+    if row.get("finished") is not None:
+        ranked["finished"] = _per_answer(row, "finished", len(texts), _truth)
+    return [ranked]
+
+
+def _per_answer(row: Row, field: str, count: int, value: Callable[[Row, str], Any]) -> list[Any]:
+    """A list with one value for each answer."""
+    given = list_of(row, field)
+    if len(given) != count:
+        raise BadField(field, f"has {len(given)} entries for {count} completions")
+    return [value({f"{field}[{i}]": entry}, f"{field}[{i}]") for i, entry in enumerate(given)]
+
+
+def _truth(row: Row, field: str) -> bool:
+    if not isinstance(row[field], bool):
+        raise BadField(field, f"is {row[field]!r:.40}, expected true or false")
+    return row[field]
+
+
+# Columns that would make a bare prompt another kind of row.
+_OTHER_KINDS = ("messages", "completion", "text", "completions", "ranks", "margins", "finished")
+
+
+def _bare(row: Row, prompt: str | Messages) -> list[Row]:
+    return [{**{name: value for name, value in row.items() if name not in _OTHER_KINDS}, "prompt": prompt}]
 
 
 def prompts(row: Row) -> list[Row]:
     """A prompt alone; every other column stays in the row, for the reward."""
-    return [{**row, "prompt": prompt_of(row)}]
+    return _bare(row, prompt_of(row))
 
 
 def turns(row: Row) -> list[Row]:
     """MT-bench questions: the first of several user turns is the prompt."""
     first = list_of(row, "turns")[0]
-    return [{**row, "prompt": user(filled({"turns[0]": first}, "turns[0]"))}]
+    return _bare(row, user(filled({"turns[0]": first}, "turns[0]")))
 
 
 def questions(row: Row) -> list[Row]:
     """A question for the user's turn (XSTest calls it prompt); every other column stays in the row."""
-    return [{**row, "prompt": user(filled(row, "prompt"))}]
+    return _bare(row, user(filled(row, "prompt")))
 
 
 def choices(row: Row) -> list[Row]:
     """Multiple choice (MMLU): question, A, B, C, D and the letter of the answer, as a ranking of the four letters."""
     answer = filled(row, "answer")
-    if answer not in "ABCD":
+    if answer not in list("ABCD"):
         raise BadField("answer", f"is {answer!r}, expected A, B, C or D")
     options = "\n".join(f"{letter}. {text_of(row, letter)}" for letter in "ABCD")
     prompt = user(f"{filled(row, 'question')}\n{options}")

@@ -28,22 +28,31 @@ class InstructionDataModule(TextDataModule):
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
         """One item for a conversation, one or more for a text."""
-        encoder = self._encoder()
         if "text" in row:
-            pieces = chunk(encoder.text(row["text"]), self.max_length)
+            document = _with_something_scored(self._encoder().text(row["text"]), "text")
+            pieces = chunk(document, self.max_length)
             return [Item(Example(piece), [], [], group_of(row["text"]), {}) for piece in pieces]
         if "messages" in row:
-            sequence, prompt = encoder.conversation(row["messages"]), row["messages"][:-1]
+            speaks = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+            field, prompt = "messages", row["messages"][: speaks[-1]]
+            sequence = self._encoder().conversation(row["messages"])
         elif "completion" in row:
-            prompt = row["prompt"]
-            ids, answer = encoder.prompt(prompt), encoder.answer(prompt, row["completion"])
+            field, prompt = "completion", row["prompt"]
+            ids, answer = self._encoder().prompt(prompt), self._encoder().answer(prompt, row["completion"])
             sequence = Segment([*ids, *answer.tokens], [False] * len(ids) + list(answer.scored))
         else:
             raise BadField(
                 next(iter(row)), "belongs to rankings or bare prompts, which hold no demonstration to imitate"
             )
-        return [Item(fit(Example(sequence), self.max_length, self.truncate, tally), [], [], group_of(prompt), {})]
+        example = fit(Example(_with_something_scored(sequence, field)), self.max_length, self.truncate, tally)
+        return [Item(example, [], [], group_of(prompt), {})]
 
     def collate(self, items: Sequence[Item]) -> PackedBatch:
         """Packed rows."""
         return self.pack([item.example for item in items])
+
+
+def _with_something_scored(sequence: Segment, field: str) -> Segment:
+    if not any(sequence.scored):
+        raise BadField(field, "comes out as a single token, which nothing comes before to predict it from")
+    return sequence

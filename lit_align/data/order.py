@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class Order:
         given = [weight for weight in weights if weight is not None]
         if given and len(given) != len(weights):
             raise ValueError("give a weight to every source or to none")
-        if any(weight < 0 for weight in given) or (given and sum(given) == 0):
+        if any(weight < 0 or not math.isfinite(weight) for weight in given) or (given and sum(given) == 0):
             raise ValueError(f"weights must not be negative, and one must be positive: {given}")
         self.sources = [np.asarray(items, np.int64) for items in sources]
         self.seed = seed
@@ -35,6 +35,7 @@ class Order:
         if given and any(weight > 0 and not size for weight, size in zip(given, sizes, strict=True)):
             raise ValueError("a source with a weight has no examples")
         self.quotas = _apportion(given, self.length) if given else sizes
+        self._epochs: dict[int, np.ndarray] = {}  # the last two made: a batch may reach into the next one
 
     def __len__(self) -> int:
         """Examples in an epoch."""
@@ -46,8 +47,12 @@ class Order:
         source, item = self._epoch(epoch)[position]
         return int(source), int(item)
 
-    @lru_cache(maxsize=2)  # noqa: B019 - the order lives as long as its data module
     def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            self._epochs = dict([*self._epochs.items(), (epoch, self._shuffle(epoch))][-2:])
+        return self._epochs[epoch]
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
         refs = [
             np.stack([np.full(quota, source), self._draw(source, epoch * quota, quota)], axis=1)
             for source, quota in enumerate(self.quotas)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
 from lit_align.data.base import TextDataModule
+from lit_align.data.chat import Messages
 from lit_align.data.fit import fit
 from lit_align.data.instruction import group_of
 from lit_align.data.rows import BadField, Row, Tally
@@ -18,9 +20,9 @@ class PreferenceDataModule(TextDataModule):
     """Batches of ranked answers, for reward models and DPO; see `TextDataModule` for the arguments.
 
     One example is one prompt with its K answers, and `batch_size` counts prompts. What does not fit has a fate that is
-    counted and reported: identical answers to a prompt are merged (their ranks averaged); a prompt whose answers all
-    tie, or of which one answer is left, is dropped, as nothing can be learnt from it; an empty answer is kept (the
-    model stopped at once).
+    counted and reported: answers to a prompt that are the same tokens, if need be after truncation, are merged (their
+    ranks averaged); a prompt whose answers all tie, or of which one answer is left, is dropped, as nothing can be
+    learnt from it; an empty answer is kept (the model stopped at once).
     """
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
@@ -29,25 +31,28 @@ class PreferenceDataModule(TextDataModule):
             raise BadField(
                 next(iter(row)), "has no ranked answers: expected chosen and rejected, or completions and ranks"
             )
-        encoder, prompt = self._encoder(), row["prompt"]
-        answers = row["completions"]
-        margins = row.get("margins") or [0.0] * len(answers)
-        finished = row.get("finished") or [True] * len(answers)
-        merged: dict[tuple[str, bool], list[tuple[float, float]]] = {}
-        for answer, end, rank, margin in zip(answers, finished, row["ranks"], margins, strict=True):
-            merged.setdefault((answer, end), []).append((rank, margin))
+        answers, finished = row["completions"], row.get("finished") or [True] * len(row["completions"])
+        trunk, branches = self._tokens(row["prompt"], answers, finished, tally)
+        merged: dict[tuple[int, ...], list[int]] = {}  # tokens of an answer: which of the answers they are
+        for k, branch in enumerate(branches):
+            merged.setdefault(tuple(branch.tokens), []).append(k)
         tally["identical_answers"] += len(answers) - len(merged)
-        tally["empty_answers"] += sum(not answer.strip() for answer, _ in merged)
-        ranks = [sum(rank for rank, _ in given) / len(given) for given in merged.values()]
-        margins = [sum(margin for _, margin in given) / len(given) for given in merged.values()]
-        if len(merged) < 2 or len(set(ranks)) < 2:
+        tally["empty_answers"] += sum(not answers[same[0]].strip() for same in merged.values())
+        ranks = [fmean(row["ranks"][k] for k in same) for same in merged.values()]
+        if len(set(ranks)) < 2:
             tally["nothing_to_compare"] += 1
             return []
         tally["ties"] += len(ranks) - len(set(ranks))
+        margins = row.get("margins") or [0.0] * len(answers)
+        margins = [fmean(margins[k] for k in same) for same in merged.values()]
+        example = Example(trunk, [branches[same[0]] for same in merged.values()])
+        return [Item(example, ranks, margins, group_of(row["prompt"]), {})]
+
+    def _tokens(self, prompt: str | Messages, answers: list[str], finished: list[bool], tally: Tally) -> Example:
+        encoder = self._encoder()
         ids = encoder.prompt(prompt)
-        branches = [encoder.answer(prompt, answer, end) for answer, end in merged]
-        example = Example(Segment(ids, [False] * len(ids)), branches)
-        return [Item(fit(example, self.max_length, self.truncate, tally), ranks, margins, group_of(prompt), {})]
+        branches = [encoder.answer(prompt, answer, end) for answer, end in zip(answers, finished, strict=True)]
+        return fit(Example(Segment(ids, [False] * len(ids)), branches), self.max_length, self.truncate, tally)
 
     def collate(self, items: Sequence[Item]) -> PreferenceBatch:
         """Packed rows, with the rank and the margin of each answer."""

@@ -44,7 +44,8 @@ class PromptDataModule(TextDataModule):
             row = {"prompt": row["prompt"], "reference": row["completion"]}
         elif "prompt" not in row:
             raise BadField(next(iter(row)), "has no prompt")
-        row = {name: value for name, value in row.items() if name not in ("completions", "ranks", "margins")}
+        ranked = ("completions", "ranks", "margins", "finished")
+        row = {name: value for name, value in row.items() if name not in ranked}
         ids = self._encoder().prompt(row["prompt"])
         example = fit(Example(Segment(ids, [False] * len(ids))), self.max_length, self.truncate, tally)
         return [Item(example, [], [], group_of(row["prompt"]), row)]
@@ -67,6 +68,7 @@ class PromptDataModule(TextDataModule):
         if self.ptx is not None and stage == "fit":
             self.ptx.trainer = self.trainer
             self.ptx.setup(stage)
+            self.ptx._training_order()  # none is an error now, not in the middle of the first epoch
 
     def _train_batch(self, number: int) -> PromptBatch:
         batch: PromptBatch = super()._train_batch(number)

@@ -12,6 +12,8 @@ After reading, a row is one of (names as in TRL; `messages` is a list of {"role"
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -19,12 +21,20 @@ from typing import Any
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 class BadField(ValueError):
     """Something wrong with one field of a row; the reader that knows the file and the row number completes it."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field {field!r} {problem}")
+        self.field = field
+        self.problem = problem
+
+    def inside(self, where: str) -> BadField:
+        """The same, of a field that lies inside another one."""
+        return BadField(f"{where}.{self.field}", self.problem)
 
 
 class BadRow(ValueError):
@@ -34,6 +44,13 @@ class BadRow(ValueError):
         super().__init__(
             f"{origin}, row {row}: {problem} (mend the row, or set on_bad_row: skip to count and leave out)"
         )
+
+
+class BadFile(ValueError):
+    """A file that cannot be read to its end: an error even where bad rows are skipped, for who knows what is lost."""
+
+    def __init__(self, origin: str, where: str, problem: object) -> None:
+        super().__init__(f"{origin}, {where}: {problem}")
 
 
 class Rows:
@@ -62,7 +79,7 @@ class Tally(Counter[str]):
         self.first_skipped = self.first_skipped or str(error)
 
     def __str__(self) -> str:
-        text = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in self.items() if count)
+        text = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in self.items() if count) or "no rows"
         return f"{text}; first skipped: {self.first_skipped}" if self.first_skipped else text
 
 
@@ -70,16 +87,24 @@ def text_of(row: Row, field: str, default: str | None = None) -> str:
     """The text in a field.
 
     Raises:
-        BadField: missing (without a default), or not text. Numbers are not turned into text behind the user's back.
+        BadField: missing or null (without a default), or not text. Numbers are not turned into text behind the user's
+            back.
     """
     value = row.get(field)
     if value is None:
         if default is not None:
             return default
-        raise BadField(field, f"is missing; the row has {', '.join(map(repr, row)) or 'no fields'}")
+        raise BadField(field, "is null" if field in row else missing(row))
     if not isinstance(value, str):
         raise BadField(field, f"is {type(value).__name__} ({value!r:.40}), expected text")
+    if not value.isascii() and _SURROGATE.search(value):  # no tokenizer takes it
+        raise BadField(field, "is not valid Unicode: it holds bytes that are no UTF-8, or half of a surrogate pair")
     return value
+
+
+def missing(row: Row) -> str:
+    """What is wrong with a row that lacks a field."""
+    return f"is missing; the row has {', '.join(map(repr, row)) or 'no fields'}"
 
 
 def filled(row: Row, field: str) -> str:
@@ -94,6 +119,24 @@ def filled(row: Row, field: str) -> str:
     return value
 
 
+def number_of(row: Row, field: str) -> float:
+    """The finite number in a field.
+
+    Raises:
+        BadField: missing, not a number, or one that no arithmetic survives.
+    """
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadField(field, f"is {type(value).__name__} ({value!r:.40}), expected a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadField(field, f"is {value!r:.40}, expected a finite number")
+    return number
+
+
 def list_of(row: Row, field: str) -> list[Any]:
     """The non-empty list in a field.
 
@@ -101,6 +144,8 @@ def list_of(row: Row, field: str) -> list[Any]:
         BadField: missing, not a list, or empty.
     """
     value = row.get(field)
+    if field not in row:
+        raise BadField(field, missing(row))
     if not isinstance(value, list):
         raise BadField(field, f"is {type(value).__name__}, expected a list")
     if not value:
@@ -122,10 +167,10 @@ def messages_of(row: Row, field: str) -> list[dict[str, str]]:
         role = turn.get("role")
         if role not in ROLES:
             raise BadField(f"{where}.role", f"is {role!r}, expected one of {', '.join(ROLES)}")
-        content = turn.get("content")
-        if not isinstance(content, str):
-            raise BadField(f"{where}.content", f"is {type(content).__name__}, expected text")
-        messages.append({"role": role, "content": content})
+        try:
+            messages.append({"role": role, "content": text_of(turn, "content")})
+        except BadField as problem:
+            raise problem.inside(where) from None
     return messages
 
 
@@ -138,6 +183,8 @@ def prompt_of(row: Row, field: str = "prompt") -> str | list[dict[str, str]]:
     if not isinstance(row.get(field), list):
         return filled(row, field)
     messages = messages_of(row, field)
+    if not any(message["content"].strip() for message in messages):
+        raise BadField(field, "is empty: none of its messages has text")
     if messages[-1]["role"] == "assistant":
         raise BadField(field, "ends with an assistant turn, which is an answer and not a prompt")
     return messages

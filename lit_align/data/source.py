@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
-from lit_align.data.files import expand, open_files, read_rows
+from lit_align.data.files import expand, open_files, read_bytes, read_rows
 from lit_align.data.formats import FORMATS, recognise
-from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally
+from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally, missing
 
 OnBadRow = Literal["error", "skip"]
 
@@ -50,6 +50,8 @@ class Source:
             raise ValueError("a source needs exactly one of path (a file), hub (a data set's name) and rows (a class)")
         if self.format != "auto" and self.format not in FORMATS:
             raise ValueError(f"unknown format {self.format!r}: choose auto or one of {', '.join(FORMATS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, or null for all rows, got {self.limit}")
 
     @property
     def name(self) -> str:
@@ -61,7 +63,8 @@ class Source:
 
         Raises:
             BadRow: a row that does not fit, unless bad rows are to be skipped and counted.
-            ValueError: no such file, data set or environment variable.
+            BadFile: a file that cannot be read to its end.
+            ValueError: no such file, data set or environment variable; or no rows in it.
         """
         reader = None if self.format == "auto" else FORMATS[self.format]
         for origin, number, raw in self._raw(on_bad_row, tally):
@@ -73,17 +76,27 @@ class Source:
                 for read in reader(row):
                     yield f"{origin}, row {number}", read
             except BadField as problem:
-                error = BadRow(origin, number, problem)
+                error = BadRow(origin, number, self._as_in_file(problem))
                 if on_bad_row == "error":
                     raise error from None
                 tally.skip(error)
+        if not tally["rows"]:
+            raise ValueError(f"{self.name!r} holds no rows")
 
     def _rename(self, raw: Row) -> Row:
-        missing = [name for name in self.columns.values() if name not in raw]
-        if missing:
-            raise BadField(missing[0], f"is missing; the row has {', '.join(map(repr, raw)) or 'no fields'}")
-        back = {theirs: ours for ours, theirs in self.columns.items()}
-        return {back.get(name, name): value for name, value in raw.items()}
+        if not self.columns:
+            return raw
+        absent = [name for name in self.columns.values() if name not in raw]
+        if absent:
+            raise BadField(absent[0], missing(raw))
+        # What is mapped wins over a column of the file that happens to have the reader's name.
+        kept = {name: value for name, value in raw.items() if name not in self.columns.values()}
+        return kept | {ours: raw[theirs] for ours, theirs in self.columns.items()}
+
+    def _as_in_file(self, problem: BadField) -> BadField:
+        """The problem under the name that the file gives the field."""
+        theirs, inside = re.fullmatch(r"([^.\[]*)(.*)", problem.field, re.DOTALL).groups()  # type: ignore[union-attr]
+        return BadField(self.columns.get(theirs, theirs) + inside, problem.problem)
 
     def _raw(self, on_bad_row: OnBadRow, tally: Tally) -> Iterator[tuple[str, int, Row]]:
         count = 0
@@ -103,28 +116,33 @@ class Source:
         if self.path is not None:
             for name, handle in open_files(self.path):
                 for number, row in read_rows(name, handle, self.header):
-                    yield Path(name).name, number, row
+                    yield name, number, row
         elif self.hub is not None:
             for number, row in enumerate(_hub_rows(self.hub, self.subset, self.split), start=1):
                 yield self.hub, number, row
         else:
             assert self.rows is not None
             for number, row in enumerate(self.rows, start=1):
-                yield self.name, number, row
+                fits = isinstance(row, dict)
+                yield self.name, number, row if fits else BadRow(self.name, number, f"is {row!r:.40}, expected a dict")
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether a fingerprint can be had."""
+        return self.rows is None or self.rows.fingerprint is not None
 
     def fingerprint(self) -> str | None:
         """Changes whenever the rows would; None where that cannot be known, and nothing is cached."""
+        if not self.cacheable:
+            return None
         options = {k: v for k, v in vars(replace(self, weight=None)).items() if k != "rows"}
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
         if self.path is not None:
-            for _, handle in open_files(self.path):
-                with handle as file:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
+            for block in read_bytes(self.path):
+                digest.update(block)
         elif self.rows is not None:
-            if self.rows.fingerprint is None:
-                return None
-            digest.update(f"{type(self.rows).__qualname__} {self.rows.fingerprint}".encode())
+            kind = type(self.rows)
+            digest.update(f"{kind.__module__}.{kind.__qualname__} {self.rows.fingerprint}".encode())
         else:
             digest.update(_hub_fingerprint(self.hub, self.subset, self.split).encode())
         return digest.hexdigest()

@@ -1,4 +1,8 @@
-"""Tokenised once and cached: examples in an Arrow file, memory-mapped, under a key of everything they depend on."""
+"""Tokenised once and cached: examples in an Arrow file, memory-mapped, under a key of everything they depend on.
+
+Beside `key.arrow` lies `key.json`: what happened to the rows, and how long the Arrow file must be. A pair that is not
+whole (a crash, a full disk, an old version) is made anew.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,13 @@ import hashlib
 import json
 import os
 import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
@@ -97,36 +103,64 @@ def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, ca
     """
     origin = source.fingerprint()
     key = hashlib.sha256(f"{VERSION} {origin} {options} {on_bad_row}".encode()).hexdigest()[:32]
-    folder = _writable(cache_dir) if cache_dir is not None and origin is not None else None
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="lit_align-") as temporary:
-            path = Path(temporary) / "items.arrow"
-            tally = _write(path, source, encode, on_bad_row)
-            return Store(Dataset.from_file(str(path), in_memory=True), tally, key)
-    path = folder / f"{key}.arrow"
-    if not path.exists():
-        # Written beside its place and moved there whole; two processes racing write the same bytes.
-        partial = folder / f"{key}.{os.getpid()}.partial"
+    if cache_dir is not None and origin is not None and _writable(cache_dir):
+        path = cache_dir / f"{key}.arrow"
+        stored = _read(path, key)
+        if stored is None:
+            _write_cached(path, source, encode, on_bad_row)
+            stored = _read(path, key)
+        if stored is not None:
+            return stored
+    with tempfile.TemporaryDirectory(prefix="lit_align-") as temporary:
+        path = Path(temporary) / "items.arrow"
+        tally = _write(path, source, encode, on_bad_row)
+        if origin is None:  # of such rows nothing is known but what came out
+            key = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+        return Store(Dataset.from_file(str(path), in_memory=True), tally, key)
+
+
+def _read(path: Path, key: str) -> Store | None:
+    """What the cache holds; None unless it is whole."""
+    try:
+        told = json.loads(path.with_suffix(".json").read_text())
+        if told["bytes"] != path.stat().st_size:
+            return None
+        tally = Tally()
+        tally.update(told["tally"])
+        tally.first_skipped = told["first"]
+        data = Dataset.from_file(str(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException):
+        return None
+    return Store(data, tally, key) if len(data) == tally["examples"] and data.features == FEATURES else None
+
+
+def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadRow) -> None:
+    """Write both files beside their places and move them there whole; processes that race write the same bytes."""
+    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
+    told = partial.with_suffix(".told")
+    try:
         tally = _write(partial, source, encode, on_bad_row)
-        path.with_suffix(".json").write_text(json.dumps({"tally": dict(tally), "first": tally.first_skipped}))
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # a name must not outlive, in a power cut, what it names
+        counts = {"tally": dict(tally), "first": tally.first_skipped, "bytes": partial.stat().st_size}
+        told.write_text(json.dumps(counts))
+        told.replace(path.with_suffix(".json"))
         partial.replace(path)
-    told = json.loads(path.with_suffix(".json").read_text())
-    tally = Tally()
-    tally.update(told["tally"])
-    tally.first_skipped = told["first"]
-    return Store(Dataset.from_file(str(path)), tally, key)
+    finally:
+        partial.unlink(missing_ok=True)
+        told.unlink(missing_ok=True)
 
 
-def _writable(folder: Path) -> Path | None:
+def _writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            return True
     except OSError as error:
         warnings.warn(
             f"cannot write to the cache {folder} ({error}): data is tokenised anew in every run", stacklevel=2
         )
-        return None
+        return False
 
 
 def _write(path: Path, source: Source, encode: Encode, on_bad_row: OnBadRow) -> Tally:

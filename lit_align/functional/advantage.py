@@ -44,7 +44,7 @@ def gae(
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", equations 11 and 16.
     """
     row_S, column_S, longest = _grid(sequence_S, num_sequences)
-    # Flipped left to right, so that every episode is followed by zeros, the value and the advantage after its end.
+    # One episode a row, from the left: what follows its end is 0, as the value and the advantage there are.
     rewards_QT = rewards_S.new_zeros(num_sequences, longest)
     values_QT = values_S.new_zeros(num_sequences, longest + 1)
     rewards_QT[row_S, column_S] = rewards_S

@@ -14,21 +14,17 @@ def clustered_share(hits_E: Tensor, counts_E: Tensor, z: float = 1.96) -> tuple[
 
     Args:
         hits_E: hits in each group. Shape (E,).
-        counts_E: observations in each group. Shape (E,).
+        counts_E: observations in each group; a group without any is no group. Shape (E,).
         z: standard normal quantile; 1.96 gives 95 %.
 
     Returns:
-        Share, lower end, upper end; scalars in [0, 1], NaN without observations.
+        Share, lower end, upper end; scalars in [0, 1]. The share is NaN without observations, and the ends are NaN
+        where fewer than two groups have any: one group says nothing about how groups differ.
 
     Source: Cochran 1977, "Sampling Techniques", equation 2.39 (ratio estimator).
     """
     share = hits_E.sum() / counts_E.sum()
-    groups = hits_E.numel()
-    variance = (hits_E - share * counts_E).square().sum() * groups / max(groups - 1, 1)
-    half = z * variance.sqrt() / counts_E.sum()
+    groups = int((counts_E > 0).sum())
+    variance = (hits_E - share * counts_E).square().sum()
+    half = z * (variance * groups / (groups - 1)).sqrt() / counts_E.sum() if groups > 1 else share * torch.nan
     return share, (share - half).clamp(0, 1), (share + half).clamp(0, 1)
-
-
-def mean_interval(values: Tensor, z: float = 1.96) -> tuple[Tensor, Tensor]:
-    """Mean of independent values and the half width of its confidence interval."""
-    return values.mean(), z * values.std() / torch.tensor(float(values.numel())).sqrt()

@@ -68,7 +68,13 @@ def pack(
 
     Returns:
         The batch; sequences are in the order of the examples and of their branches.
+
+    Raises:
+        ValueError: a sequence without tokens, or whose first token is scored; or scored tokens in a trunk with
+            branches, where it is open how often they would count.
     """
+    if any(example.branches and any(example.trunk.scored) for example in examples):
+        raise ValueError("the trunk of an example with branches cannot be scored: its tokens belong to every sequence")
     trees = [tree for example in examples for tree in ([example] if share_prefix else unshare(example))]
     lengths = [tree.num_tokens for tree in trees]
     width = max(row_tokens or 0, *lengths)
@@ -106,7 +112,8 @@ class _Layout:
         for k, branch in enumerate(tree.branches, start=1):
             self._write(branch, row, column, index, k, trunk_length)
             # The first token of a branch is predicted by the last of the trunk, however far away that lies in the row.
-            self._score(branch, row, column, before=row * self.width + start + trunk_length - 1)
+            before = row * self.width + start + trunk_length - 1 if trunk_length else None
+            self._score(branch, row, column, before)
             column += len(branch.tokens)
 
     def _write(self, segment: Segment, row: int, start: int, tree: int, branch: int, position: int) -> None:
@@ -131,7 +138,13 @@ class _Layout:
         self.source.append(source)
         self.target.append(np.asarray(segment.tokens, np.int64)[at])
         self.sequence.append(np.full(len(at), len(self.last), np.int64))
-        self.last.append(first + len(segment.tokens) - 1)
+        if len(segment.tokens):
+            self.last.append(first + len(segment.tokens) - 1)
+        elif before is not None:
+            # An empty branch ends where its trunk does, and that may lie far away in the row.
+            self.last.append(before)
+        else:
+            raise ValueError("a sequence without tokens cannot be packed: nothing in it could be scored")
 
     def batch(self, example_of_sequence: list[int]) -> PackedBatch:
         """The rows as tensors."""

@@ -60,4 +60,5 @@ def explained_variance(values_S: Tensor, returns_S: Tensor) -> Tensor:
     """
     variance = returns_S.var(unbiased=False)
     residual = (returns_S - values_S).var(unbiased=False)
-    return torch.where(variance > 0, 1.0 - residual / variance, torch.nan)
+    # The variance of equal numbers is seldom exactly 0: their mean is rounded.
+    return torch.where((returns_S != returns_S[:1]).any(), 1.0 - residual / variance, torch.nan)

@@ -41,7 +41,8 @@ def export(
         else:
             plain = type(model)._from_config(model.config, dtype=model.dtype)
             plain.load_state_dict(state, strict=True)
-            plain.generation_config = model.generation_config
+            if model.can_generate():
+                plain.generation_config = model.generation_config
             plain.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -100,7 +100,9 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
     if network.lora is not None:
         add_lora(model, network.lora)
     if network.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed in transformers 5.20. Reentrant checkpointing loses the gradient of adapters below frozen embeddings.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return model, missing
 
 

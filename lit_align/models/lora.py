@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lit_align.models.network import Lora
 
@@ -17,14 +18,21 @@ ADAPTER = "lit_align"
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> None:
     """Inject adapters into a model and freeze everything else, a scalar head (`score`) excepted."""
-    targets = "all-linear" if lora.targets == ["all-linear"] else lora.targets
-    head = getattr(model, "score", None)
-    if head is not None and targets == "all-linear":
-        # peft leaves out the output embeddings of a language model, but would adapt the scalar head.
-        targets = sorted({n.rsplit(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)} - {"score"})
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    head = getattr(model, "score", None) or model.get_output_embeddings()
+    layers = {
+        name.rpartition(".")[-1]: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=sorted(layers) if lora.targets == ["all-linear"] else lora.targets,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+    )
     model.add_adapter(config, adapter_name=ADAPTER)
-    if head is not None:
+    if getattr(model, "score", None) is not None:
         head.requires_grad_(True)
 
 

@@ -102,9 +102,10 @@ def _takes_trees(backbone: PreTrainedModel) -> bool:
     try:
         alone = unpack(batch)
         expected = hidden_states_unpacked(backbone, alone)[alone.last_Q]
-        got = hidden_states(backbone, batch)[batch.last_Q]
-    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
-        return False
+        try:
+            got = hidden_states(backbone, batch)[batch.last_Q]
+        except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
+            return False
     finally:
         backbone.train(training)
     tolerance = 0.1 if backbone.dtype in (torch.bfloat16, torch.float16) else 1e-3

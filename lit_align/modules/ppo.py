@@ -274,7 +274,9 @@ class PPOModule(PolicyModule):
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
-        return {**{name: value / tokens for name, value in sums.items()}, "grad_norm": norm}
+        # Means over the tokens of all ranks, not means of the ranks' means.
+        *totals, count = self.sum_over_ranks([*sums.values(), float(tokens)])
+        return {**{name: total / count for name, total in zip(sums, totals, strict=True)}, "grad_norm": norm}
 
     # Evaluation.
 

@@ -1,0 +1,74 @@
+"""Steps of a pipeline that are no fit: a model to start from where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_align.data.rows import Tally
+from lit_align.data.source import Source
+from lit_align.models.scratch import bpe_tokenizer, write_seed_model
+
+
+class ScratchModel:
+    """Trains a byte-level BPE tokenizer on text and writes it beside the configuration of a small Llama.
+
+    `Network(folder, weights="random")` then starts training from nothing.
+
+    Args:
+        texts: sources whose text the tokenizer is trained on.
+        vocab_size: tokens, the 256 bytes and the special ones included.
+        hidden_size: width.
+        layers: depth.
+        heads: attention heads.
+        intermediate_size: width of the feed-forward layers.
+        max_positions: longest sequence.
+        init_std: standard deviation of the random weights.
+    """
+
+    def __init__(
+        self,
+        texts: list[Source],
+        vocab_size: int = 4096,
+        hidden_size: int = 192,
+        layers: int = 4,
+        heads: int = 4,
+        intermediate_size: int = 512,
+        max_positions: int = 1024,
+        init_std: float = 0.03,
+    ) -> None:
+        self.texts = texts
+        self.vocab_size = vocab_size
+        self.shape: dict[str, Any] = {
+            "hidden_size": hidden_size,
+            "layers": layers,
+            "heads": heads,
+            "intermediate_size": intermediate_size,
+            "max_positions": max_positions,
+            "init_std": init_std,
+        }
+
+    def run(self, out: Path) -> dict[str, float]:
+        """Write `model/`."""
+        tokenizer = bpe_tokenizer(self._strings(), self.vocab_size)
+        write_seed_model(tokenizer, out / "model", **self.shape)
+        return {"vocabulary": float(len(tokenizer))}
+
+    def _strings(self) -> Iterator[str]:
+        for source in self.texts:
+            for _, row in source.read("skip", Tally()):
+                yield from _texts(row)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a row, however deep; roles excepted."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key != "role":
+                yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)

@@ -1,0 +1,209 @@
+"""One raw row of each public format, and what it becomes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HI = {"role": "user", "content": "Hi"}
+YO = {"role": "assistant", "content": "Yo"}
+NO = {"role": "assistant", "content": "No"}
+WELL = {"role": "user", "content": "Well?"}
+
+
+def reply(text: str, rank: Any = None, *replies: Any, role: str = "assistant") -> dict:
+    return {"text": text, "role": role, "rank": rank, "replies": list(replies)}
+
+
+# One raw row of each kind: (format, raw row, what it becomes).
+GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
+    "alpaca": (
+        "alpaca",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        [{"prompt": [{"role": "user", "content": "Add.\n\n1 2"}], "completion": "3"}],
+    ),
+    "alpaca without input": (
+        "alpaca",
+        {"instruction": "Hi", "input": "", "output": "Yo", "text": "the three in one, as Alpaca's own file has it"},
+        [{"prompt": [HI], "completion": "Yo"}],
+    ),
+    "instances": (
+        "instances",
+        {"instruction": "Hi", "instances": [{"input": "", "output": "Yo"}, {"input": "x", "output": "No"}]},
+        [
+            {"prompt": [HI], "completion": "Yo"},
+            {"prompt": [{"role": "user", "content": "Hi\n\nx"}], "completion": "No"},
+        ],
+    ),
+    "sharegpt": (
+        "sharegpt",
+        {
+            "id": "x",
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Hi"},
+                {"from": "gpt", "value": "Yo"},
+                {"from": "tool", "value": "{}"},
+                {"from": "user", "value": "Well?"},
+                {"from": "assistant", "value": "No"},
+            ],
+        },
+        [
+            {
+                "messages": [
+                    {"role": "system", "content": "Be brief."},
+                    HI,
+                    YO,
+                    {"role": "tool", "content": "{}"},
+                    WELL,
+                    NO,
+                ]
+            }
+        ],
+    ),
+    "sharegpt that the model begins": (
+        "sharegpt",
+        {"conversations": [{"from": "gpt", "value": "Yo"}, {"from": "human", "value": "Hi"}]},
+        [{"messages": [YO, HI]}],
+    ),
+    "messages": ("messages", {"messages": [HI, YO], "source": "x"}, [{"messages": [HI, YO]}]),
+    "prompt_completion": (
+        "prompt_completion",
+        {"prompt": "Hi", "completion": " Yo"},
+        [{"prompt": "Hi", "completion": " Yo"}],
+    ),
+    "prompt_completion, conversational": (
+        "prompt_completion",
+        {"prompt": [HI], "completion": [YO]},
+        [{"prompt": [HI], "completion": "Yo"}],
+    ),
+    "prompt_completion, the answer a turn": (
+        "prompt_completion",
+        {"prompt": "Hi", "completion": [YO]},
+        [{"prompt": [HI], "completion": "Yo"}],
+    ),
+    "pairs": (
+        "pairs",
+        {"prompt": "Hi", "chosen": "Yo", "rejected": ""},
+        [{"prompt": "Hi", "completions": ["Yo", ""], "ranks": [0.0, 1.0]}],
+    ),
+    "pairs with a margin": (
+        "pairs",
+        {"prompt": [HI], "chosen": "Yo", "rejected": "No", "margin": 2},
+        [{"prompt": [HI], "completions": ["Yo", "No"], "ranks": [0.0, 1.0], "margins": [2.0, 0.0]}],
+    ),
+    "pairs, Alpaca's columns": (
+        "pairs",
+        {"instruction": "Hi", "input": "x", "output": "unused", "rejected": "No", "chosen": "Yo"},
+        [
+            {
+                "prompt": [{"role": "user", "content": "Hi\n\nx"}],
+                "completions": ["Yo", "No"],
+                "ranks": [0.0, 1.0],
+            }
+        ],
+    ),
+    "pairs, explicit conversational": (
+        "pairs",
+        {"prompt": [HI], "chosen": [YO], "rejected": [NO]},
+        [{"prompt": [HI], "completions": ["Yo", "No"], "ranks": [0.0, 1.0]}],
+    ),
+    "pairs, implicit prompt": (
+        "pairs",
+        {"chosen": [HI, YO], "rejected": [HI, NO]},
+        [{"prompt": [HI], "completions": ["Yo", "No"], "ranks": [0.0, 1.0]}],
+    ),
+    "pairs, UltraFeedback": (  # the prompt column repeats the last question; the conversations know the rest
+        "pairs",
+        {"prompt": "Well?", "chosen": [HI, YO, WELL, YO], "rejected": [HI, YO, WELL, NO], "score_chosen": 8.0},
+        [{"prompt": [HI, YO, WELL], "completions": ["Yo", "No"], "ranks": [0.0, 1.0]}],
+    ),
+    "pairs, answers as turns": (
+        "pairs",
+        {"prompt": "Hi", "chosen": [YO], "rejected": [NO]},
+        [{"prompt": [HI], "completions": ["Yo", "No"], "ranks": [0.0, 1.0]}],
+    ),
+    "hh": (
+        "hh",
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant: Yo",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant:",
+        },
+        [{"prompt": [HI, YO, WELL], "completions": ["Yo", ""], "ranks": [0.0, 1.0]}],
+    ),
+    "oasst": (
+        "oasst",
+        {
+            "prompt": reply(
+                "Hi",
+                None,
+                reply(
+                    "Yo",
+                    1,
+                    reply("Well?", None, reply("a", 2), reply("b", 0), reply("c", None), role="prompter"),
+                    reply("Ranked, but of the user", 0, reply("alone", 0), role="prompter"),
+                    reply("Ranked too", 1, role="prompter"),
+                ),
+                reply("No", 0),
+                role="prompter",
+            )
+        },
+        [
+            {"prompt": [HI, YO, WELL], "completions": ["a", "b"], "ranks": [2.0, 0.0]},
+            {"prompt": [HI], "completions": ["Yo", "No"], "ranks": [1.0, 0.0]},
+        ],
+    ),
+    "pair_labels": (
+        "pair_labels",
+        {"question": "Hi", **{f"prediction {i}": str(i) for i in (1, 2, 3, 4)}, "preference": [1, 1, 0, 2, 2, 2]},
+        # 1 beats 2 and 3 and ties with 4; 3 beats 2; 4 beats 2 and 3: wins 2.5, 0, 1, 2.5.
+        [{"prompt": [HI], "completions": ["1", "2", "3", "4"], "ranks": [0.0, 2.5, 1.5, 0.0]}],
+    ),
+    "rankings": (
+        "rankings",
+        {"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [1, 0, 1]},
+        [{"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [1.0, 0.0, 1.0]}],
+    ),
+    "rankings with all there is": (
+        "rankings",
+        {
+            "prompt": "Hi",
+            "completions": [[YO], "b"],
+            "ranks": [0, 1],
+            "margins": [0.5, -1],
+            "finished": [True, False],
+            "annotator": "x",
+        },
+        [
+            {
+                "prompt": [HI],
+                "completions": ["Yo", "b"],
+                "ranks": [0.0, 1.0],
+                "margins": [0.5, -1.0],
+                "finished": [True, False],
+            }
+        ],
+    ),
+    "prompts": (
+        "prompts",
+        {"prompt": "Hi", "reference": "Yo", "level": 3, "tags": ["a"]},
+        [{"prompt": "Hi", "reference": "Yo", "level": 3, "tags": ["a"]}],
+    ),
+    "turns": (
+        "turns",
+        {"question_id": 81, "turns": ["Hi", "Again."], "category": "writing"},
+        [{"question_id": 81, "turns": ["Hi", "Again."], "category": "writing", "prompt": [HI]}],
+    ),
+    "questions": ("questions", {"prompt": "Hi", "label": "safe"}, [{"prompt": [HI], "label": "safe"}]),
+    "choices": (
+        "choices",
+        {"question": "Hi", "A": "a", "B": "b", "C": "", "D": "d", "answer": "C"},
+        [
+            {
+                "prompt": [{"role": "user", "content": "Hi\nA. a\nB. b\nC. \nD. d"}],
+                "completions": ["A", "B", "C", "D"],
+                "ranks": [1.0, 1.0, 0.0, 1.0],
+            }
+        ],
+    ),
+    "text": ("text", {"text": " Once.\n", "meta": 1}, [{"text": " Once.\n"}]),
+}

@@ -1,0 +1,161 @@
+"""A packed, prefix-shared batch gives the log-probabilities of each sequence alone."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from support.tiny import ARCHITECTURES, VOCABULARY, norms_in_float64, tiny_config, tiny_folder
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lit_align.functional.packing import pack
+from lit_align.models import LanguageModel, Network, ScalarModel, load_causal_lm, load_scorer
+from lit_align.types import Example, PackedBatch, Segment
+
+LENGTHS = [(5, 3, 7, 2), (9, 1, 2, 4), (3, 8, 8, 1), (12, 4, 4, 6)]
+LAYOUTS = [
+    {}, {"row_tokens": 60}, {"packing": False}, {"share_prefix": False}, {"packing": False, "share_prefix": False},
+]  # fmt: skip
+
+
+def examples(vocabulary: int = VOCABULARY) -> list[Example]:
+    """Prompts with three answers each."""
+    draw = torch.Generator().manual_seed(1)
+
+    def segment(length: int, scored: bool) -> Segment:
+        return Segment(torch.randint(0, vocabulary, (length,), generator=draw).tolist(), [scored] * length)
+
+    return [Example(segment(n, False), [segment(k, True) for k in answers]) for n, *answers in LENGTHS]
+
+
+@torch.no_grad()
+def alone(model: PreTrainedModel) -> torch.Tensor:
+    """The plain way: one sequence, full logits, no mask."""
+    scores = []
+    for trunk, branches in examples(model.config.get_text_config().vocab_size):
+        for branch in branches:
+            ids = torch.tensor([[*trunk.tokens, *branch.tokens]])
+            logps = model(ids).logits[0, len(trunk.tokens) - 1 : -1].log_softmax(-1)
+            scores.append(logps.gather(-1, torch.tensor(branch.tokens)[:, None])[:, 0])
+    return torch.cat(scores)
+
+
+def model_of(config: AutoConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_layout_scores_as_alone(architecture: str, layout: dict) -> None:
+    model = model_of(tiny_config(architecture))
+    with norms_in_float64():
+        got = LanguageModel(model)(pack(examples(), **layout)).logps_S
+        assert (got - alone(model)).abs().max() < 1e-12
+
+
+SLIDING = {
+    "mistral": {"sliding_window": 4, "num_key_value_heads": 2},
+    "gemma2": {"sliding_window": 4, "head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 5.0},
+    "gemma3_text": {
+        "sliding_window": 4,
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 3.0},
+}
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+def test_windows_caps_and_scales_are_kept(kind: str) -> None:
+    model = model_of(tiny_config(kind, **SLIDING[kind]))
+    language = LanguageModel(model)
+    assert language.packs
+    got = language(pack(examples())).logps_S
+    # These architectures round to fp32 inside.
+    assert (got - alone(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mamba", "bloom"])
+def test_a_model_without_tree_masks_says_so_and_scores_the_same(kind: str) -> None:
+    config = AutoConfig.for_model(kind, vocab_size=40, hidden_size=32, num_hidden_layers=2, n_layer=2, n_head=4)
+    model = model_of(config)
+    with pytest.warns(UserWarning, match="takes no mask of trees"):
+        language = LanguageModel(model)
+    got = language(pack(examples(40))).logps_S
+    assert (got - alone(model)).abs().max() < 1e-4
+
+
+def test_padding_reaches_no_score() -> None:
+    language = LanguageModel(model_of(tiny_config("llama")))
+    batch = pack(examples(), row_tokens=50)
+    assert (batch.tree_RN < 0).any()
+    changed = batch._replace(tokens_RN=torch.where(batch.tree_RN < 0, 7, batch.tokens_RN))
+    assert torch.equal(language(batch).logps_S, language(changed).logps_S)
+
+
+def test_eager_attention_takes_the_mask_too() -> None:
+    config = tiny_config("llama", attn_implementation="eager")
+    config._attn_implementation = "eager"
+    model = model_of(config)
+    assert model.config._attn_implementation == "eager"
+    assert (LanguageModel(model)(pack(examples())).logps_S - alone(model)).abs().max() < 1e-6
+
+
+def test_temperature_and_nucleus_shape_the_scores() -> None:
+    language = LanguageModel(model_of(tiny_config("llama")))
+    batch = pack(examples())
+    plain = language(batch)
+    cool = language(batch, temperature=0.5, top_p=0.9, entropies=True)
+    logits = language.logits(plain.hidden_SH) / 0.5
+    assert torch.isfinite(cool.logps_S).all()
+    assert (cool.logps_S >= logits.log_softmax(-1).gather(-1, batch.target_S[:, None])[:, 0] - 1e-12).all()
+    assert cool.entropies_S is not None
+    assert not cool.entropies_S.requires_grad
+    assert plain.entropies_S is None
+
+
+def test_scalar_model_reads_the_last_token(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    scorer = ScalarModel(load_scorer(Network(folder, dtype="float64")))
+    batch = pack(examples())
+    with norms_in_float64(), torch.no_grad():
+        scores = scorer(batch)
+        values = scorer.values(batch)
+        expected = []
+        for trunk, branches in examples():
+            for branch in branches:
+                ids = torch.tensor([[*trunk.tokens, *branch.tokens]])
+                hidden = scorer.backbone(ids).last_hidden_state[0]
+                expected.append(scorer.head(hidden))
+    ends = [line[-1] for line in expected]
+    assert torch.allclose(scores, torch.stack(ends), atol=1e-12)
+    before = torch.cat([line[-1 - n : -1] for line, n in zip(expected, torch.bincount(batch.sequence_S), strict=True)])
+    assert torch.allclose(values, before, atol=1e-12)
+
+
+def test_half_precision_leaves_in_fp32(tmp_path: Path) -> None:
+    network = Network(tiny_folder(tmp_path / "model"), dtype="bfloat16")
+    assert LanguageModel(load_causal_lm(network))(pack(examples())).logps_S.dtype == torch.float32
+    scorer = ScalarModel(load_scorer(network))
+    assert scorer(pack(examples())).dtype == torch.float32
+
+
+def test_probe_leaves_no_warning_where_trees_are_taken() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LanguageModel(model_of(tiny_config("llama"))).packs
+
+
+def test_batches_of_no_branch_are_plain_sequences() -> None:
+    model = model_of(tiny_config("llama"))
+    tokens = [5, 6, 7, 8, 9]
+    batch: PackedBatch = pack([Example(Segment(tokens, [False, False, True, True, False]))])
+    with norms_in_float64(), torch.no_grad():
+        logps = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+        got = LanguageModel(model)(batch).logps_S
+    assert torch.allclose(got, torch.stack([logps[1, 7], logps[2, 8]]), atol=1e-12)

@@ -1,0 +1,97 @@
+"""The walls of the house: imports point down, a file is one idea, and the functional room is pure."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lit_align"
+
+# What each room may import; `types <- functional <- data | models <- rollout, rewards <- modules <- ...`.
+BELOW = {
+    "types": set(),
+    "functional": {"types"},
+    "data": {"types", "functional"},
+    "models": {"types", "functional"},
+    "rollout": {"types", "functional", "data", "models"},
+    "rewards": {"types", "functional", "data", "models"},
+    "modules": {"types", "functional", "models", "rollout", "rewards"},
+    "callbacks": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
+    "evaluation": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
+    "steps": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
+    "pipeline": {"callbacks"},
+    "report": set(),
+    # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
+    "sandbox": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
+    "config_error": set(),
+    "commands": {"config_error", "pipeline", "report", "cli"},
+    "cli": {"data", "models", "modules", "rewards", "callbacks", "commands", "config_error"},
+    "__main__": {"cli"},
+    "__init__": {"data", "models", "modules", "rewards", "rollout"},
+}
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of lit_align that a file imports, inside functions too; for type checking alone does not count."""
+    tree = ast.parse(path.read_text())
+    guarded = {
+        id(node)
+        for test in ast.walk(tree)
+        if isinstance(test, ast.If) and getattr(test.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(test)
+    }
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [
+                f"{node.module}.{alias.name}" if node.module == "lit_align" else node.module for alias in node.names
+            ]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("lit_align.")} - {"__version__"}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    here = room(path)
+    assert here in BELOW, f"{here} is a new room: say what it may import"
+    assert imports(path) - {here} <= BELOW[here]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "functional").glob("*.py")), ids=lambda path: path.name)
+def test_functional_is_pure(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not [name for name in names if name.split(".")[0] in ("lightning", "transformers", "datasets")]
+        # No choice of a device either.
+        assert not (isinstance(node, ast.Attribute) and node.attr in ("cuda", "cpu"))
+
+
+def test_modules_stay_readable() -> None:
+    """Ten minutes a method, an afternoon for the house."""
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 360, (path, lines)
+    for method in ("sft", "reward", "dpo"):
+        assert len((PACKAGE / "modules" / f"{method}.py").read_text().splitlines()) <= 150
+
+
+def test_the_name_of_a_method_repeats_in_every_layer() -> None:
+    for method in ("sft", "reward", "dpo", "ppo"):
+        assert (PACKAGE / "functional" / f"{method}.py").exists()
+        assert (PACKAGE / "modules" / f"{method}.py").exists()
+        assert (PACKAGE.parent / "experiments" / "sandbox" / f"{method}.yaml").exists()
