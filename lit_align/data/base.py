@@ -143,8 +143,11 @@ class TextDataModule(LightningDataModule):
         batches = math.ceil(len(self._training_order()) / examples)
         return Loader(self._train_batch, batches, self.num_workers, self.position)
 
-    def val_dataloader(self) -> Loader:
-        """Held-out examples, in order."""
+    def val_dataloader(self) -> Loader | list[Loader]:
+        """Held-out examples, in order; no loader at all for a training run that holds none out."""
+        nothing = self.sources["val"] is None and not self._held_out
+        if nothing and self.trainer is not None and self.trainer.state.fn == "fit":
+            return []
         return self._evaluation("val")
 
     def test_dataloader(self) -> Loader:
@@ -239,7 +242,13 @@ class TextDataModule(LightningDataModule):
         stores, refs = self._stores[part], self._held_out
         if part != "train":
             refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
-        if 0 < len(refs) < self._world:
+        if not refs:
+            raise ValueError(
+                f"there are no examples to evaluate: raise val_fraction, which is {self.val_fraction}, or give `{part}`"
+                if part == "train"
+                else f"there are no examples in the {part} sources: the counts above say what happened to the rows"
+            )
+        if len(refs) < self._world:
             raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
         mine = refs[self._rank :: self._world]
         # As many batches on every process: a model that is spread over them waits for all at each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -83,10 +84,17 @@ def _apportion(weights: Sequence[float], total: int) -> list[int]:
 def split_by_group(groups: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
     """Items for training and for validation: whole groups, so that no prompt is on both sides.
 
-    Groups are taken in the order of their hash, which depends on the prompt alone: adding rows or sources moves no
-    prompt from one side to the other unless the number of groups changes the quota.
+    A group is held out if its hash, a number in [0, 1), is below the fraction. The side of a prompt thus depends on the
+    prompt alone: adding rows or sources moves none, and every data module with the same fraction, of instructions,
+    preferences or prompts, holds out the same ones. A fraction above 0 holds out at least one group of two or more.
     """
-    ordered = sorted(set(groups))
-    held_out = set(ordered[: round(fraction * len(ordered))])
+    places = {group: _place(group) for group in groups}
+    held_out = {group for group, place in places.items() if place < fraction}
+    if fraction > 0 and not held_out and len(places) > 1:
+        held_out = {min(places, key=places.__getitem__)}
     train = [i for i, group in enumerate(groups) if group not in held_out]
     return train, [i for i, group in enumerate(groups) if group in held_out]
+
+
+def _place(group: str) -> float:
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:6], "big") / 2**48

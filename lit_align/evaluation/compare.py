@@ -64,9 +64,9 @@ class ComparePolicies:
                 scores[name] = {reward: score(rollout) for reward, score in self.rewards.items()}
                 figures |= _measures(name, rollout, sequence_kl(policy, reference, rollout))
                 file.writelines(_lines(name, rollout, scores[name]))
-        for name, by_reward in scores.items():
-            for reward, values in by_reward.items():
-                figures |= _gain(f"{name}/{reward}", values, scores[self.reference][reward])
+        for name, of_policy in scores.items():
+            for measure, values in of_policy.items():
+                figures |= _gain(f"{name}/{measure}", values, scores[self.reference][measure])
         return figures
 
 

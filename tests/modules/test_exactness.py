@@ -1,4 +1,4 @@
-"""On a language small enough to enumerate, the best policy is known: pi* ~ pi_ref exp(r / beta). The methods find it."""
+"""On a language small enough to enumerate the best policy is known, pi* ~ pi_ref exp(r / beta). The methods find it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> str:
 def fit(module: LightningModule, data: LightningDataModule) -> None:
     torch.manual_seed(0)
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", precision="64-true", logger=False, limit_val_batches=0, enable_checkpointing=False,
+        max_epochs=1, accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, data)

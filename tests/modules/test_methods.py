@@ -46,8 +46,9 @@ def demos(place: Path, **options: Any) -> InstructionDataModule:
 
 
 def rankings(place: Path, **options: Any) -> PreferenceDataModule:
-    options = {"val_fraction": 0.25, "batch_size": 2, "cache_dir": "none", **options}
-    return PreferenceDataModule(str(place / "model"), [Source(str(place / "rankings.json"))], **options)
+    rankings = [Source(str(place / "rankings.json"))]
+    options = {"val": None if "val_fraction" in options else rankings, "batch_size": 2, "cache_dir": "none", **options}
+    return PreferenceDataModule(str(place / "model"), rankings, **options)
 
 
 def trainer(**options: Any) -> Trainer:
@@ -130,7 +131,7 @@ def test_test_and_predict(place: Path) -> None:
     (metrics,) = trainer().test(SFTModule(network(place)), demos(place), verbose=False)
     assert set(metrics) == {"test/loss", "test/perplexity"}
     prompts = PromptDataModule(
-        str(place / "model"), [Source(str(place / "demos.json"))], val_fraction=0.5, batch_size=3, cache_dir="none"
+        str(place / "model"), [Source(str(place / "demos.json"))], val_fraction=0.9, batch_size=3, cache_dir="none"
     )
     sampling = Sampling(5, samples=2)
     rows = [row for batch in trainer().predict(SFTModule(network(place), sampling=sampling), prompts) for row in batch]

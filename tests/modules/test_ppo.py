@@ -44,9 +44,9 @@ def module(place: Path, reward: Reward | None = None, **options: Any) -> PPOModu
 
 
 def data(place: Path, **options: Any) -> PromptDataModule:
-    sources = [Source(str(place / "demos.json"))]
-    options = {"val_fraction": 0.25, "batch_size": 6, "cache_dir": "none", **options}
-    return PromptDataModule(str(place / "model"), sources, **options)
+    demos = str(place / "demos.json")
+    options = {"val": [Source(demos)], "batch_size": 6, "cache_dir": "none", **options}
+    return PromptDataModule(str(place / "model"), [Source(demos, limit=6)], **options)
 
 
 def fit(ppo: PPOModule, datamodule: PromptDataModule, **options: Any) -> Trainer:

@@ -1,4 +1,4 @@
-"""The sampler: greedy as transformers' own, a function of the seed, each answer from the distribution it is scored under."""
+"""The sampler: greedy as transformers' own, a function of the seed, answers as they are scored."""
 
 from __future__ import annotations
 
