@@ -130,6 +130,7 @@ class TextDataModule(LightningDataModule):
 
     def _parts(self, stage: str) -> list[str]:
         """Whose sources a stage needs: held-out examples are part of the training sources."""
+        stage = str(getattr(stage, "value", stage))  # Lightning hands over an enum that prints its class
         part = {"fit": "train", "validate": "val"}.get(stage, stage)
         val = "val" if self.sources["val"] is not None else "train"
         if part == "train":

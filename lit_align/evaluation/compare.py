@@ -74,7 +74,7 @@ def _measures(name: str, rollout: Rollout, kl_Q: Tensor) -> dict[str, float]:
     lengths = [len(completion.tokens) for completion in rollout.completions]
     return {
         f"{name}/kl": kl_Q.mean().item(),
-        f"{name}/length": sum(lengths) / len(lengths),
+        f"{name}/tokens": sum(lengths) / len(lengths),
         f"{name}/finished": sum(completion.finished for completion in rollout.completions) / len(lengths),
     }
 

@@ -15,9 +15,11 @@ from lit_align.report.read import RunData, read_run
 MEASURES: list[tuple[str, str, str, str, bool | None]] = [
     ("gold_reward", "gold reward", "{:+.3f}", "what the answers are worth in truth", True),
     ("content", "content, without the price of words", "{:+.3f}", "right, honest and harmless", True),
+    ("reward", "reward model's score", "{:+.3f}", "the proxy that PPO maximises", None),
     ("reward_score", "reward model's score", "{:+.3f}", "the proxy that PPO maximises", None),
     ("kl", "KL from SFT", "{:.2f}", "nats per answer", None),
     ("length", "length", "{:.1f}", "words per answer", None),
+    ("tokens", "length", "{:.1f}", "tokens per answer", None),
     ("finished", "answers that stop", "{:.3f}", "", True),
     ("fact_correct", "facts right", "{:.2f}", "held-out facts", True),
     ("arithmetic_correct", "sums right", "{:.2f}", "", True),
@@ -54,8 +56,8 @@ def write_report(folder: Path) -> Path:
 
 def content(run: RunData) -> dict[str, Any]:
     """Everything the page shows."""
-    policies = [name for name in _policies(run.summary) if f"{name}/gold_reward" in run.summary]
     sample_policies = list(dict.fromkeys(line["policy"] for line in run.samples))
+    policies = [name for name in sample_policies or _names(run.summary) if f"{name}/kl" in run.summary]
     return {
         "title": f"lit_align: {run.folder.resolve().name}",
         "subtitle": _subtitle(run),
@@ -70,8 +72,8 @@ def content(run: RunData) -> dict[str, Any]:
     }
 
 
-def _policies(summary: dict[str, float]) -> list[str]:
-    """Names that were measured, in the order of the summary."""
+def _names(summary: dict[str, float]) -> list[str]:
+    """What was measured (stages, policies, reward models), in the order of the summary."""
     return list(dict.fromkeys(key.split("/")[0] for key in summary if "/" in key))
 
 
@@ -114,7 +116,7 @@ def _rewards(summary: dict[str, float]) -> list[dict[str, Any]]:
         return f"{summary[key]:.3f}" if key in summary else ""
 
     rows = []
-    for name in _policies(summary):
+    for name in _names(summary):
         if f"{name}/accuracy_low" in summary and f"{name}/shorter_wins" in summary:
             interval = f"{summary[f'{name}/accuracy_low']:.3f} to {summary[f'{name}/accuracy_high']:.3f}"
             gold, meter = number(f"{name}/gold_accuracy"), number(f"{name}/shorter_accuracy")
