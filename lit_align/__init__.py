@@ -24,6 +24,12 @@ _WHERE = {
     "Reward": "rewards",
     "ModelReward": "rewards",
     "FunctionReward": "rewards",
+    "NumericAnswer": "rewards",
+    "RegexReward": "rewards",
+    "FormatReward": "rewards",
+    "LengthReward": "rewards",
+    "SumReward": "rewards",
+    "TextReward": "rewards",
 }
 
 __all__ = [*sorted(_WHERE), "__version__"]

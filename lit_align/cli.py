@@ -9,22 +9,38 @@ import re
 import sys
 import warnings
 from argparse import ArgumentError
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_align.data
 import lit_align.modules
 import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML without their module path
 from lit_align import __version__
-from lit_align.callbacks import HFExport, Manifest, MetricsCSV, PredictionsFile, SaveRunConfig, progress
+from lit_align.callbacks import (
+    HFExport,
+    Manifest,
+    MetricsCSV,
+    PredictionsFile,
+    RunCheckpoint,
+    SaveRunConfig,
+    progress,
+)
 from lit_align.commands import COMMANDS
 from lit_align.config_error import ConfigError, explain
+
+
+class FullNamesParser(LightningArgumentParser):
+    """Takes no abbreviated keys, at any depth: they would be misspelt ones that work."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
 
 class AlignCLI(LightningCLI):
@@ -37,14 +53,16 @@ class AlignCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--out`, and the checkpoint callback."""
         parser.add_argument("--out", type=str, default="runs/run", help="Folder of the run.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True, "checkpoint.save_top_k": 0})
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        # One checkpoint, the latest, under two names. With save_top_k: 0 Lightning saves nothing before the end.
+        newest = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in newest.items()})
 
     def before_instantiate_classes(self) -> None:
         """Settle where the run writes, and what it always has."""
         config = self.config[self.subcommand]
         out = Path(config.out)
-        if self.subcommand == "fit" and not config.get("ckpt_path"):
+        if self.subcommand != "fit" or not config.get("ckpt_path"):
             out = free_folder(out)
             if str(out) != config.out:
                 print(f"{config.out} holds another run: this one goes to {out}")
@@ -57,17 +75,29 @@ class AlignCLI(LightningCLI):
         config = self.config[self.subcommand]
         out = Path(config.out)
         self.save_config_kwargs = {"folder": out}
-        if self.subcommand != "fit":
-            self.save_config_callback = None
-        callbacks = [Manifest(out, config.seed_everything, _parents(config)), progress()]
+        told = self._get(self.config_init, "trainer")
+        callbacks: list[Callback] = [Manifest(out, config.seed_everything, _parents(config))]
+        if told.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in _list(told.callbacks)):
+            callbacks.append(progress())
         if self.subcommand == "fit":
             callbacks.append(HFExport(out / "model"))
         if self.subcommand == "predict":
             callbacks.append(PredictionsFile(out / "completions.jsonl"))
         self.trainer_defaults["callbacks"] = callbacks
-        if config.trainer.logger in (None, True):
-            kwargs["logger"] = MetricsCSV(out)
+        if told.logger is not False:
+            kwargs["logger"] = [*_list(None if told.logger is True else told.logger), MetricsCSV(out)]
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Lightning's; the checkpoint callback is no mistake of who asks for no checkpoints."""
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+
+def _list(value: Any) -> list[Any]:
+    """One, several or none, as a list."""
+    return [] if value is None else list(value) if isinstance(value, Iterable) else [value]
 
 
 def free_folder(folder: Path) -> Path:
@@ -127,21 +157,33 @@ def main(args: list[str] | None = None) -> Any:
         return COMMANDS[args[0]](args[1:])
     if args[0] not in AlignCLI.subcommands():
         raise ConfigError(f"unknown command {args[0]!r}: choose {', '.join([*AlignCLI.subcommands(), *COMMANDS])}")
-    _check_syntax(args)
-    with _quiet_start():
+    for file in _config_files(args):
+        _check_syntax(file)
+    with _quiet_start(), _own_wandb_run():
         return _lightning(args)
 
 
-def _check_syntax(args: list[str]) -> None:
+def _config_files(args: list[str]) -> Iterator[Path]:
+    """What follows `-c`, in the three ways of writing it, where it is a file."""
+    for flag, value in itertools.pairwise([*args, ""]):
+        joined = re.fullmatch(r"(?:--config=|-c)(.+)", flag)
+        name = joined[1] if joined else value if flag in ("-c", "--config") else ""
+        if name and Path(name).is_file():
+            yield Path(name)
+
+
+def _check_syntax(file: Path) -> None:
     """Say which file and line is not YAML; the parser below forgets the file."""
-    for flag, value in itertools.pairwise(args):
-        if flag in ("-c", "--config") and Path(value).is_file():
-            try:
-                yaml.safe_load(Path(value).read_text())
-            except yaml.YAMLError as error:
-                mark = getattr(error, "problem_mark", None)
-                line = f", line {mark.line + 1}" if mark else ""
-                raise ConfigError(f"{value}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ConfigError(f"{file}{line}: not valid YAML: {problem}") from error
+    if not isinstance(content, dict):
+        held = "nothing" if content is None else type(content).__name__
+        raise ConfigError(f"{file} holds {held}, expected a mapping with the keys of a configuration")
 
 
 def _lightning(args: list[str]) -> AlignCLI:
@@ -159,6 +201,7 @@ def _lightning(args: list[str]) -> AlignCLI:
                 "exit_on_error": False,
                 **{name: {"exit_on_error": False} for name in AlignCLI.subcommands()},
             },
+            parser_class=FullNamesParser,
             args=args,
         )
     except ArgumentError as error:
@@ -168,6 +211,25 @@ def _lightning(args: list[str]) -> AlignCLI:
         if str(error).startswith("Does not validate"):
             raise ConfigError(explain(str(error))) from error
         raise
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+
+
+@contextlib.contextmanager
+def _own_wandb_run() -> Iterator[None]:
+    """A run of Weights & Biases that begins in a command ends with it: the next in this process is another one."""
+
+    def current() -> Any:
+        return getattr(sys.modules.get("wandb"), "run", None)
+
+    before = current()
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        if before is None and current() is not None:
+            current().finish(exit_code=code)
 
 
 @contextlib.contextmanager
@@ -200,6 +262,7 @@ _UPSTREAM = (
     r"Couldn't infer the batch indices fetched from your dataloader",
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from",  # of checkpoints: a run may be looked at from another folder
     r"Using ModelCheckpoint with manual optimization",  # it holds the weights after the step, as it should
     r"(?s)\s*.{0,80}deprecated in v4",  # of jsonargparse, by Lightning
     r"\s*By default only one JsonargparseDeprecationWarning",

@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -23,9 +23,21 @@ def experiments() -> Path:
     return source if (source / "sandbox" / "pipeline.yaml").exists() else package / "experiments"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        """Instead of the usage and an exit.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
 def pipeline(args: list[str]) -> dict[str, float]:
     """Run the stages of a file in order; go on where an earlier run stopped."""
-    parser = argparse.ArgumentParser("lit-align pipeline", description=pipeline.__doc__)
+    parser = _Parser(prog="lit-align pipeline", description=pipeline.__doc__, allow_abbrev=False)
     parser.add_argument("file", help="pipeline YAML")
     _pipeline_options(parser)
     told = parser.parse_args(args)
@@ -34,7 +46,7 @@ def pipeline(args: list[str]) -> dict[str, float]:
 
 def demo(args: list[str]) -> dict[str, float]:
     """The embedded world, end to end: pretrain, SFT, reward model, PPO and DPO, evaluation, report; no network."""
-    parser = argparse.ArgumentParser("lit-align demo", description=demo.__doc__)
+    parser = _Parser(prog="lit-align demo", description=demo.__doc__, allow_abbrev=False)
     _pipeline_options(parser)
     told = parser.parse_args(args)
     told.out = told.out or "runs/demo"
@@ -43,7 +55,7 @@ def demo(args: list[str]) -> dict[str, float]:
 
 def report(args: list[str]) -> Path:
     """Write report.html for the folder of a pipeline's run."""
-    parser = argparse.ArgumentParser("lit-align report", description=report.__doc__)
+    parser = _Parser(prog="lit-align report", description=report.__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="folder of a run")
     told = parser.parse_args(args)
     return _report(told.folder)

@@ -47,7 +47,7 @@ class Stage:
     Attributes:
         name: also the name of its folder.
         kind: fit, predict or call.
-        config: its YAML, with root, seed and overrides filled in.
+        config: its YAML, with seed and overrides filled in; paths are those of the file, whatever the output folder.
         parents: stages whose folders its configuration names.
     """
 
@@ -87,28 +87,36 @@ class Pipeline:
         self.file = Path(file)
         content = _load(self.file)
         unknown = set(content) - {"root", "stages", "quick"}
-        if unknown or not isinstance(content.get("root"), str) or not isinstance(content.get("stages"), dict):
+        fits = isinstance(content.get("root"), str) and isinstance(content.get("stages"), dict)
+        if unknown or not fits:
             problem = (
                 f"unknown key {min(unknown)!r}" if unknown else "root (a folder) and stages (a mapping) are needed"
             )
             raise ValueError(f"{self.file}: {problem}; a pipeline has root, stages and, if you like, quick")
+        shrunken = content.get("quick") or {}
+        if not isinstance(shrunken, dict) or not all(isinstance(keys, dict) for keys in shrunken.values()):
+            raise ValueError(f"{self.file}: quick must be a mapping of stages to dotted keys and their values")
         self.root = content["root"].rstrip("/")
         self.out = Path(out) if out is not None else Path(self.root)
         self.seed = seed
         self.overrides = dict(overrides or {})
         if quick:
-            self.overrides = {**_flat(content.get("quick") or {}), **self.overrides}
-        self.stages = [self._resolve(name, told) for name, told in content["stages"].items()]
+            self.overrides = {**_flat(shrunken), **self.overrides}
         for key in self.overrides:
-            if key.split(".")[0] not in content["stages"]:
-                raise ValueError(f"{self.file}: {key!r} overrides no stage; stages are {', '.join(content['stages'])}")
+            stage, _, dotted = key.partition(".")
+            if stage not in content["stages"] or not dotted:
+                stages = ", ".join(content["stages"])
+                raise ValueError(f"{self.file}: {key!r} overrides no key of a stage; stages are {stages}")
+        self.stages = [self._resolve(name, told) for name, told in content["stages"].items()]
+        self._check_order()
 
     def _resolve(self, name: str, told: Any) -> Stage:
-        if not isinstance(told, dict) or len(told) != 1 or next(iter(told)) not in KINDS:
+        given = list(told.items()) if isinstance(told, dict) else []
+        if len(given) != 1 or given[0][0] not in KINDS or not isinstance(given[0][1], str):
             raise ValueError(
                 f"{self.file}: stage {name!r} must be one of {', '.join(KINDS)} with the name of a YAML file"
             )
-        ((kind, file),) = told.items()
+        ((kind, file),) = given
         config = _load(self.file.parent / file)
         if kind == "call":
             config.setdefault("init_args", {})
@@ -122,21 +130,36 @@ class Pipeline:
                 _set(config, dotted, self._fill(value, parents), f"{self.file}: override {key!r}")
         return Stage(name, kind, config, sorted(parents - {name}))
 
+    def _check_order(self) -> None:
+        """A stage that uses a later one's artefacts would find them only in the second run."""
+        names = [stage.name for stage in self.stages]
+        for number, stage in enumerate(self.stages):
+            if late := [parent for parent in stage.parents if parent in names[number:]]:
+                raise ValueError(f"{self.file}: stage {stage.name!r} uses {late[0]!r}, which comes after it")
+
     def _fill(self, value: Any, parents: set[str]) -> Any:
-        """Root and seeds; notes which stages are named."""
+        """Seeds; notes which stages are named."""
         if isinstance(value, dict):
             return {
                 key: item + self.seed
-                if key in ("seed", "seed_everything") and isinstance(item, int)
+                if key in ("seed", "seed_everything") and isinstance(item, int) and not isinstance(item, bool)
                 else self._fill(item, parents)
                 for key, item in value.items()
             }
         if isinstance(value, list):
             return [self._fill(item, parents) for item in value]
         if isinstance(value, str) and value.startswith(f"{self.root}/"):
-            rest = value[len(self.root) + 1 :]
-            parents.add(rest.split("/")[0])
-            return str(self.out / rest)
+            parents.add(value[len(self.root) + 1 :].split("/")[0])
+        return value
+
+    def _moved(self, value: Any) -> Any:
+        """Paths under the root, under the output folder."""
+        if isinstance(value, dict):
+            return {key: self._moved(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._moved(item) for item in value]
+        if isinstance(value, str) and value.startswith(f"{self.root}/"):
+            return str(self.out / value[len(self.root) + 1 :])
         return value
 
     def run(self, command: RunCommand, step: RunStep, say: Callable[[str], None] = print) -> dict[str, float]:
@@ -174,7 +197,7 @@ class Pipeline:
         before = _read(folder / "stage.json").get("seconds", 0.0)
         _write(folder / "stage.json", {"key": key, "seconds": before})
         file = folder / "stage.yaml"
-        file.write_text(yaml.safe_dump(stage.config, sort_keys=False))
+        file.write_text(yaml.safe_dump(self._moved(stage.config), sort_keys=False))
         started = time.monotonic()
         try:
             if stage.kind == "call":
@@ -209,7 +232,7 @@ class Pipeline:
 
     def _key(self, stage: Stage, keys: Mapping[str, str]) -> str:
         """Hash of a stage's configuration, wherever it runs, and of its parents'."""
-        text = json.dumps(stage.config, sort_keys=True).replace(str(self.out), self.root)
+        text = json.dumps(stage.config, sort_keys=True)
         parents = [keys[parent] for parent in stage.parents if parent in keys]
         return hashlib.sha256(json.dumps([stage.kind, text, parents]).encode()).hexdigest()[:16]
 
@@ -246,16 +269,20 @@ def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set(config: dict[str, Any], dotted: str, value: Any, what: str) -> None:
+    def place(here: Any, part: str) -> Any:
+        """A key of a mapping, an index of a list."""
+        if isinstance(here, list) and not (part.isdigit() and int(part) < len(here)):
+            raise ValueError(f"{what}: {part!r} is no index of a list of {len(here)}")
+        return int(part) if isinstance(here, list) else part
+
     *path, last = dotted.split(".")
     here: Any = config
     for part in path:
-        here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
+        at = place(here, part)
+        here = here[at] if isinstance(here, list) else here.setdefault(at, {})
         if not isinstance(here, (dict, list)):
             raise ValueError(f"{what} goes through {part!r}, which is no mapping")
-    if isinstance(here, list):
-        here[int(last)] = value
-    else:
-        here[last] = value
+    here[place(here, last)] = value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -91,11 +91,13 @@ class PreferenceBatch(NamedTuple):
         packed: the tokens.
         rank_Q: rank of each answer among those of its prompt; lower is better, equal is a tie.
         margin_Q: how much better each answer is; the margin of a pair is the difference. 0 where the data has none.
+        key_E: a hash of each example's tokens, for what is kept about it (`ReferenceTable`); None if nothing is.
     """
 
     packed: PackedBatch
     rank_Q: Tensor
     margin_Q: Tensor
+    key_E: Tensor | None = None
 
 
 class PromptBatch(NamedTuple):

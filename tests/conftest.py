@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test talks to a network; the hub is told so before anything imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+# Nothing is left in the cache of whoever runs the tests.
+os.environ["LIT_ALIGN_CACHE"] = tempfile.mkdtemp(prefix="lit_align-tests-")
+atexit.register(shutil.rmtree, os.environ["LIT_ALIGN_CACHE"], ignore_errors=True)
 
-import torch
+import torch  # noqa: E402 - after what it reads at import
 
 torch.set_num_threads(1)

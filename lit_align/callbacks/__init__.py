@@ -1,5 +1,6 @@
 """Callbacks that watch or write, and never change a gradient."""
 
+from lit_align.callbacks.checkpoint import RunCheckpoint
 from lit_align.callbacks.export import HFExport
 from lit_align.callbacks.manifest import Manifest
 from lit_align.callbacks.metrics_csv import MetricsCSV
@@ -7,4 +8,13 @@ from lit_align.callbacks.predictions import PredictionsFile
 from lit_align.callbacks.progress import ProgressLines, progress
 from lit_align.callbacks.save_config import SaveRunConfig
 
-__all__ = ["HFExport", "Manifest", "MetricsCSV", "PredictionsFile", "ProgressLines", "SaveRunConfig", "progress"]
+__all__ = [
+    "HFExport",
+    "Manifest",
+    "MetricsCSV",
+    "PredictionsFile",
+    "ProgressLines",
+    "RunCheckpoint",
+    "SaveRunConfig",
+    "progress",
+]

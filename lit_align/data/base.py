@@ -159,6 +159,18 @@ class TextDataModule(LightningDataModule):
         """The sources to predict, or the held-out examples where there are none."""
         return self._evaluation("predict")
 
+    def every_example(self) -> Loader:
+        """This rank's share of all that training and validation may show, each example once."""
+        parts = [part for part in ("train", "val") if part in self._stores]
+        stores = [store for part in parts for store in self._stores[part]]
+        refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))][self._rank :: self._world]
+        size = self.val_batch_size
+
+        def batch(number: int) -> Any:
+            return self.collate([stores[s][i] for s, i in refs[number * size : (number + 1) * size]])
+
+        return Loader(batch, math.ceil(len(refs) / size), self.num_workers)
+
     def state_dict(self) -> dict[str, Any]:
         """How many batches training has taken."""
         return {"batches": self.position.batches}

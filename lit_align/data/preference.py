@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -60,4 +62,11 @@ class PreferenceDataModule(TextDataModule):
             self.pack([item.example for item in items]),
             torch.tensor([rank for item in items for rank in item.ranks], dtype=torch.float32),
             torch.tensor([margin for item in items for margin in item.margins], dtype=torch.float32),
+            torch.tensor([_key(item.example) for item in items]),
         )
+
+
+def _key(example: Example) -> int:
+    """A hash of the tokens of an example that fits an int64."""
+    tokens = [list(example.trunk.tokens), *(list(branch.tokens) for branch in example.branches)]
+    return int.from_bytes(hashlib.blake2b(json.dumps(tokens).encode(), digest_size=8).digest(), "big", signed=True)

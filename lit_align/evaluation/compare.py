@@ -66,7 +66,8 @@ class ComparePolicies:
                 file.writelines(_lines(name, rollout, scores[name]))
         for name, of_policy in scores.items():
             for measure, values in of_policy.items():
-                figures |= _gain(f"{name}/{measure}", values, scores[self.reference][measure])
+                of_reference = scores[self.reference][measure]
+                figures |= _gain(f"{name}/{measure}", values, of_reference, self.sampling.samples)
         return figures
 
 
@@ -79,15 +80,19 @@ def _measures(name: str, rollout: Rollout, kl_Q: Tensor) -> dict[str, float]:
     }
 
 
-def _gain(name: str, values_Q: Tensor, reference_Q: Tensor) -> dict[str, float]:
-    """Mean, and the paired difference from the reference's answers to the same prompts."""
-    difference_Q = values_Q - reference_Q
-    root = values_Q.numel() ** 0.5
+def _gain(name: str, values_Q: Tensor, reference_Q: Tensor, samples: int) -> dict[str, float]:
+    """Mean, and the paired difference from the reference on the same prompts.
+
+    Errors are those of a mean over prompts: answers to one prompt are not independent observations.
+    """
+    values_E, reference_E = (scores_Q.view(-1, samples).mean(1) for scores_Q in (values_Q, reference_Q))
+    difference_E = values_E - reference_E
+    root = values_E.numel() ** 0.5
     return {
-        name: values_Q.mean().item(),
-        f"{name}_se": values_Q.std().item() / root,
-        f"{name}_gain": difference_Q.mean().item(),
-        f"{name}_gain_se": difference_Q.std().item() / root,
+        name: values_E.mean().item(),
+        f"{name}_se": values_E.std().item() / root,
+        f"{name}_gain": difference_E.mean().item(),
+        f"{name}_gain_se": difference_E.std().item() / root,
     }
 
 

@@ -90,6 +90,40 @@ def bradley_terry_loss(
     return loss_P + centering * (better_P + worse_P).square()
 
 
+def soft_label_loss(first_P: Tensor, second_P: Tensor, share_P: Tensor) -> Tensor:
+    """Bradley-Terry where a pair was judged more than once: cross-entropy with the share that prefers the first.
+
+    A share of 1 is `bradley_terry_loss`; 1/2, people who disagree or call a tie, pulls the two scores together.
+
+    Args:
+        first_P: score of one answer. Shape (P,).
+        second_P: score of the other. Shape (P,).
+        share_P: share of the judgements, or probability, in favour of the first, in [0, 1]. Shape (P,).
+
+    Returns:
+        Shape (P,), in nats; at least the entropy of the share.
+
+    Source: Bradley and Terry 1952, "Rank Analysis of Incomplete Block Designs" (likelihood of counts, per judgement).
+    """
+    gap_P = first_P - second_P
+    return -share_P * logsigmoid(gap_P) - (1.0 - share_P) * logsigmoid(-gap_P)
+
+
+def regression_loss(score_Q: Tensor, target_Q: Tensor) -> Tensor:
+    """(score - target)^2: for answers with grades of their own, which fix the scale that comparisons leave open.
+
+    Args:
+        score_Q: score of each answer. Shape (Q,).
+        target_Q: its grade. Shape (Q,).
+
+    Returns:
+        Shape (Q,), in squared units of the grade.
+
+    Source: Wang et al. 2024, "HelpSteer2: Open-source dataset for training top-performing reward models", section 3.
+    """
+    return (score_Q - target_Q).square()
+
+
 def plackett_luce_loss(score_Q: Tensor, rank_Q: Tensor, example_Q: Tensor, num_examples: int) -> Tensor:
     """Negative log-likelihood of whole rankings: the best is chosen from all, the second from the rest, and so on.
 

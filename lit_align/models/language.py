@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lit_align.functional.logprobs import shape_logits, sum_by_sequence, token_entropies, token_logprobs
 from lit_align.models.trees import TreeModel
@@ -33,8 +37,15 @@ class LanguageModel(TreeModel):
     """A transformers causal language model that scores packed batches.
 
     Only scored positions reach the vocabulary: with a prompt of 300 tokens and an answer of 30, nine tenths of the
-    largest matrix product are never computed.
+    largest matrix product are never computed. Where the logits of the scored ones are still large, they are made a
+    chunk at a time and made again in backward: a third more work in the head, and its memory bounded.
+
+    Attributes:
+        dense_bytes: largest logits, in bytes of fp32, that are made in one piece.
     """
+
+    dense_bytes = 2**30
+    _path: str | None = None
 
     def forward(
         self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0, entropies: bool = False
@@ -42,9 +53,37 @@ class LanguageModel(TreeModel):
         """Score a batch under the distribution that temperature and nucleus shape; see `shape_logits`."""
         hidden, rows = self.hidden(batch)
         hidden_SH = hidden[rows.source_S]
-        logits_SV = shape_logits(self.logits(hidden_SH), temperature, top_p, keep_S=rows.target_S)
-        entropies_S = token_entropies(logits_SV.detach()) if entropies else None
-        return TokenScores(token_logprobs(logits_SV, rows.target_S), entropies_S, hidden_SH)
+        chunks = self._chunks(hidden_SH)
+        pieces = []
+        for part_SH, part_S in zip(hidden_SH.chunk(chunks), rows.target_S.chunk(chunks), strict=True):
+            arguments = (part_SH, part_S, temperature, top_p, entropies)
+            recompute = chunks > 1 and torch.is_grad_enabled()
+            pieces.append(
+                checkpoint(self._score, *arguments, use_reentrant=False) if recompute else self._score(*arguments)
+            )
+        logps_S = torch.cat([logps for logps, _ in pieces])
+        entropies_S = torch.cat([entropy for _, entropy in pieces]) if entropies else None
+        return TokenScores(logps_S, entropies_S, hidden_SH)
+
+    def _score(
+        self, hidden_SH: Tensor, target_S: Tensor, temperature: float, top_p: float, entropies: bool
+    ) -> tuple[Tensor, Any]:
+        logits_SV = shape_logits(self.logits(hidden_SH), temperature, top_p, keep_S=target_S)
+        return token_logprobs(logits_SV, target_S), token_entropies(logits_SV.detach()) if entropies else None
+
+    def _chunks(self, hidden_SH: Tensor) -> int:
+        """How many pieces the logits come in; says so when it changes."""
+        count, vocabulary = len(hidden_SH), self.hf.config.get_text_config().vocab_size
+        size = 4 * count * vocabulary
+        chunks = max(math.ceil(size / self.dense_bytes), 1)
+        path = "chunked" if chunks > 1 else "dense"
+        if path != self._path and "chunked" in (path, self._path):
+            rank_zero_info(
+                f"vocabulary head: {path}, as {count:,} scored tokens x {vocabulary:,} are {size / 2**30:.2f} GiB of "
+                f"logits, of which up to {self.dense_bytes / 2**30:.2f} GiB are made in one piece"
+            )
+        self._path = path
+        return chunks
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Hidden states to logits, with whatever the architecture does behind its output embeddings."""

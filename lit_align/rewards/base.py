@@ -32,7 +32,10 @@ def checked(scores: Sequence[float] | Tensor, rollout: Rollout, name: str) -> Te
     Raises:
         ValueError: another number of scores, or one that is NaN or infinite; names the reward and the prompt.
     """
-    scores_Q = torch.as_tensor(scores, dtype=torch.float32).detach()
+    try:
+        scores_Q = torch.as_tensor(scores, dtype=torch.float32).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} returned {scores!r:.80}, expected a number for each completion: {error}") from error
     if scores_Q.shape != (rollout.num_sequences,):
         raise ValueError(f"{name} returned {tuple(scores_Q.shape)} scores for {rollout.num_sequences} completions")
     bad = torch.nonzero(~scores_Q.isfinite())[:, 0].tolist()

@@ -61,7 +61,8 @@ class ModelReward(Reward):
         if self.encoder is None:
             return rollout.examples()
         examples = []
-        for row, text in zip(rollout.rows, rollout.texts, strict=True):
+        for row, text, completion in zip(rollout.rows, rollout.texts, rollout.completions, strict=True):
             ids = self.encoder.prompt(row["prompt"])
-            examples.append(Example(Segment(ids, [False] * len(ids)), [self.encoder.answer(row["prompt"], text)]))
+            answer = self.encoder.answer(row["prompt"], text, completion.finished)
+            examples.append(Example(Segment(ids, [False] * len(ids)), [answer]))
         return examples

@@ -159,3 +159,36 @@ def test_batches_of_no_branch_are_plain_sequences() -> None:
         logps = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
         got = LanguageModel(model)(batch).logps_S
     assert torch.allclose(got, torch.stack([logps[1, 7], logps[2, 8]]), atol=1e-12)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_the_head_in_chunks_is_the_head(top_p: float) -> None:
+    model = model_of(tiny_config("llama"))
+    batch = pack(examples())
+
+    def scores(dense_bytes: int) -> list[torch.Tensor]:
+        language = LanguageModel(model)
+        language.dense_bytes = dense_bytes
+        model.zero_grad()
+        scored = language(batch, 0.7, top_p, entropies=True)
+        (scored.logps_S * torch.arange(len(scored.logps_S))).sum().backward()
+        assert scored.entropies_S is not None
+        return [scored.logps_S, scored.entropies_S, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    with norms_in_float64():
+        dense, chunked = scores(2**30), scores(4 * VOCABULARY * 5)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(dense, chunked, strict=True))
+
+
+def test_large_logits_are_made_in_chunks_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    language = LanguageModel(model_of(tiny_config("llama")))
+    language.dense_bytes = 4 * VOCABULARY * 10
+    made = []
+    language.hf.get_output_embeddings().register_forward_hook(lambda *call: made.append(len(call[2])))
+    with caplog.at_level("INFO"), norms_in_float64():
+        language(pack(examples()))
+        language(pack(examples()))
+    scored = sum(sum(answers) for _, *answers in LENGTHS)
+    assert sum(made) == 2 * scored
+    assert max(made) <= 10
+    assert caplog.text.count("vocabulary head: chunked") == 1

@@ -81,6 +81,13 @@ def test_micro_batches_packing_sharing_and_order_change_nothing(
         assert_same(whole, result, name)
 
 
+def test_a_reference_that_is_computed_once_is_the_live_one(place: Callable[[str], tuple[str, Path]]) -> None:
+    folder, rows = place("llama")
+    live = one_step("dpo", folder, rows, batch_size=8)
+    for what in ("computed", "read"):
+        assert_same(live, one_step("dpo_cached", folder, rows, batch_size=8), what)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_are_one(method: str, place: Callable[[str], tuple[str, Path]], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from lit_align.functional.packing import pack
 from lit_align.types import Completion
 from support.tiny import norms_in_float64
 
-METHODS = ("sft", "reward", "dpo", "ppo", "ppo_separate_value")
+METHODS = ("sft", "reward", "dpo", "dpo_cached", "ppo", "ppo_separate_value")
 WORDS = "a bee sea dee eh eff gee".split()
 
 
@@ -85,8 +85,8 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
         return SFTModule(network, **common), InstructionDataModule(folder, demos, **data)
     if method == "reward":
         return RewardModule(network, centering=0.01, **common), PreferenceDataModule(folder, rankings, **data)
-    if method == "dpo":
-        module = DPOModule(network, reference=reference, **common)
+    if method.startswith("dpo"):
+        module = DPOModule(network, reference=reference, cache_reference=method == "dpo_cached", **common)
         return module, PreferenceDataModule(folder, rankings, **data)
     options = {name: data.pop(name) for name in ("micro_batch_size", "layout") if name in data}
     if "layout" in options:

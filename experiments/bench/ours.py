@@ -1,0 +1,112 @@
+"""lit_align, timed: `python ours.py METHOD MODEL STEPS key=value ...` prints one JSON line.
+
+The ordinary modules and data modules under a Lightning Trainer; the first two steps are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+import lit_align as la
+from lit_align.modules.base import AlignModule
+from lit_align.rewards import ModelReward
+
+WARM_UP = 2
+
+
+class Clock(Callback):
+    """Seconds from the end of the warm-up to the end of training."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
+        self.started = self.ended = 0.0
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: Trainer, *call: Any) -> None:
+        """Count."""
+        self.batches += 1
+        self.ended = time.perf_counter()
+        if self.batches == self.warm_up:
+            self.started = self.ended
+
+
+def source(assets: Path, name: str, count: int) -> list[la.Source]:
+    """The first rows of a file: both sides use the same, all of them, once."""
+    return [la.Source(str(assets / f"{name}.jsonl"), limit=count)]
+
+
+def build(
+    method: str, assets: Path, model: str, steps: int, o: dict[str, Any]
+) -> tuple[AlignModule, LightningDataModule]:
+    """The module and the data of a method."""
+    place = str(assets / model)
+    network = functools.partial(la.Network, place, weights="pretrained")
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-5 if method == "ppo" else 1e-4, weight_decay=0.0, fused=True)
+    size = o["batch"]
+    data = {"batch_size": size, "max_length": o["max_length"], "row_tokens": o["row_tokens"], "val_fraction": 0.0}
+    policy = network(lora=la.Lora()) if o["lora"] else network()
+    if method == "sft":
+        return la.SFTModule(policy, optimizer=optimizer), la.InstructionDataModule(
+            place, source(assets, "sft", steps * size), **data
+        )
+    if method in ("dpo", "reward"):
+        module: AlignModule = (
+            la.DPOModule(policy, optimizer=optimizer)
+            if method == "dpo"
+            else la.RewardModule(policy, optimizer=optimizer)
+        )
+        return module, la.PreferenceDataModule(place, source(assets, "pairs", steps * size), **data)
+    module = la.PPOModule(
+        policy, reward=ModelReward(la.Network(str(assets / f"{model}-reward"))), value=la.Network(place),
+        sampling=la.Sampling(max_new_tokens=o["new_tokens"]), epochs=4, mini_batches=1,
+        micro_batch_size=o["micro_batch"], optimizer=optimizer,
+    )  # fmt: skip
+    return module, la.PromptDataModule(place, source(assets, "prompts", steps * size), **data)
+
+
+def main() -> None:
+    """Train and print."""
+    method, model, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    o: dict[str, Any] = {
+        "assets": ".", "batch": 8, "max_length": 512, "row_tokens": 1024, "device": "cpu", "new_tokens": 48,
+        "micro_batch": 32, "lora": False, "threads": 2,
+    }  # fmt: skip
+    for text in sys.argv[4:]:
+        key, value = text.split("=", 1)
+        o[key] = type(o[key])(json.loads(value)) if not isinstance(o[key], str) else value
+    if o["device"] == "cpu":
+        torch.set_num_threads(o["threads"])
+    torch.manual_seed(0)
+    module: LightningModule
+    module, data = build(method, Path(o["assets"]), model, steps, o)
+    clock = Clock(WARM_UP if method != "ppo" else 1)
+    trainer = Trainer(
+        max_epochs=1, accelerator="gpu" if o["device"] == "cuda" else "cpu", devices=1, logger=False, callbacks=[clock],
+        precision="bf16-mixed" if o["device"] == "cuda" else "32-true", enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        gradient_clip_val=None if method == "ppo" else 1.0,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    seconds = clock.ended - clock.started
+    figures = {
+        "side": "lit_align", "method": method, "model": model, "seconds": round(seconds, 3),
+        "examples_per_s": (clock.batches - clock.warm_up) * o["batch"] / seconds,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_gpu_mb": torch.cuda.max_memory_allocated() >> 20 if o["device"] == "cuda" else 0,
+        "versions": {"torch": torch.__version__, "lit_align": la.__version__},
+    }  # fmt: skip
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A policy that is held against a reference: live in every step, or asked once and its answers kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lit_align.models.lora import has_lora
+from lit_align.models.network import Network
+from lit_align.models.reference import ReferenceTable, fingerprint
+from lit_align.modules.policy import PolicyModule
+from lit_align.types import PreferenceBatch
+
+
+class ReferencedModule(PolicyModule):
+    """A policy and the frozen model it is compared with, on preferences.
+
+    Args:
+        network: the policy.
+        reference: another model than the one training starts from.
+        cache_reference: ask the reference about every answer once, before training, keep what it said for later runs,
+            and free its memory.
+        options: those of `PolicyModule`.
+    """
+
+    needs_reference = True
+
+    def __init__(
+        self, network: Network, reference: Network | None = None, cache_reference: bool = False, **options: Any
+    ) -> None:
+        super().__init__(network, **options)
+        self.reference_network = reference
+        self.cache_reference = cache_reference
+        self.reference_table: ReferenceTable | None = None
+
+    def on_fit_start(self) -> None:
+        """With `cache_reference`, let the reference go once it has said all that training will ask."""
+        if self.cache_reference and self.needs_reference:
+            self.reference_table = reference_table(self)
+            if self.reference_table is not None:
+                self.reference = None
+
+    def reference_sums(self, batch: PreferenceBatch) -> Tensor:
+        """What the reference says of each answer. Shape (Q,)."""
+        if self.reference_table is not None and batch.key_E is not None and self.trainer.state.fn == "fit":
+            return self.reference_table.lookup(batch.key_E).to(self.device)
+        if self.reference is None and not has_lora(self.policy):  # let go by a fit before
+            self.load_reference(self.reference_network)
+            self.reference = self.reference.to(self.device)  # type: ignore[attr-defined]
+        return live_sums(self, batch)
+
+
+def reference_table(module: PolicyModule) -> ReferenceTable | None:
+    """Read the table from the cache, or make it, each process its share, and keep it there.
+
+    The cache's key is what the numbers depend on: the reference's weights, the rows as they were tokenised (tokenizer,
+    template, truncation), and the precision it computes in. Another one of these is another file.
+
+    Args:
+        module: holds the reference, on its device, and the Trainer with its data module.
+
+    Returns:
+        The table; None, with a warning, where the cache folder cannot be written: the reference then stays live.
+
+    Raises:
+        ValueError: the data module cannot list its examples.
+    """
+    trainer = module.trainer
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if not hasattr(data, "every_example"):
+        raise ValueError(f"cache_reference needs a PreferenceDataModule, and {type(data).__name__} is none: unset it")
+    folder = cache_folder()
+    if not trainer.strategy.reduce_boolean_decision(_writable(folder)):
+        warnings.warn(f"cannot write to the cache {folder}: the reference is computed in every step", stacklevel=2)
+        return None
+    model = module.reference if module.reference is not None else module.policy
+    told = [fingerprint(model), str(trainer.precision), sorted({entry["fingerprint"] for entry in data.manifest()})]
+    path = folder / f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]}.safetensors"
+    table = ReferenceTable.load(path)
+    if trainer.strategy.reduce_boolean_decision(table is not None):
+        rank_zero_info(f"reference log-probabilities: read from {path}")
+        return table
+    logps = _compute(module, data)
+    if trainer.world_size > 1:
+        shares: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(shares, logps)
+        logps = {key: values for share in shares for key, values in share.items()}
+    table = ReferenceTable.of(logps)
+    if trainer.is_global_zero:
+        table.save(path)
+        rank_zero_info(f"reference log-probabilities of {len(logps):,} examples: kept in {path}")
+    return table
+
+
+@torch.no_grad()
+def _compute(module: PolicyModule, data: Any) -> dict[int, Tensor]:
+    strategy, logps = module.trainer.strategy, dict[int, Tensor]()
+    with module.trainer.precision_plugin.forward_context():
+        for batch in tqdm(data.every_example(), "reference", delay=2, leave=False, disable=module.global_rank > 0):
+            batch = strategy.batch_to_device(batch)
+            sums_Q = live_sums(module, batch).cpu()
+            logps |= dict(zip(batch.key_E.tolist(), _by_example(sums_Q, batch), strict=True))
+    return logps
+
+
+def live_sums(module: PolicyModule, batch: PreferenceBatch) -> Tensor:
+    """Log-probability of each sequence, by the live reference. Shape (Q,)."""
+    logps_S = module.reference_logps(batch.packed)
+    return logps_S.new_zeros(batch.packed.num_sequences).index_add(0, batch.packed.sequence_S, logps_S)
+
+
+def _by_example(values_Q: Tensor, batch: PreferenceBatch) -> list[Tensor]:
+    return list(values_Q.split(torch.bincount(batch.packed.example_Q).tolist()))
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: LIT_ALIGN_CACHE, or the cache folder of the user."""
+    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "reference"
+
+
+def _writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
