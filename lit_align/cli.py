@@ -61,11 +61,13 @@ class AlignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle where the run writes, and what it always has."""
         config = self.config[self.subcommand]
-        out = Path(config.out)
-        if self.subcommand != "fit" or not config.get("ckpt_path"):
-            out = free_folder(out)
+        out = resumed_folder(config.get("ckpt_path"), Path(config.out)) if self.subcommand == "fit" else None
+        if out is None:
+            out = free_folder(Path(config.out))
             if str(out) != config.out:
                 print(f"{config.out} holds another run: this one goes to {out}")
+        elif out.resolve() != Path(config.out).resolve():
+            print(f"goes on in {out}, the folder of the checkpoint")
         config.out = str(out)
         config.checkpoint.dirpath = str(out / "checkpoints")
         config.trainer.default_root_dir = str(out)
@@ -98,6 +100,14 @@ class AlignCLI(LightningCLI):
 def _list(value: Any) -> list[Any]:
     """One, several or none, as a list."""
     return [] if value is None else list(value) if isinstance(value, Iterable) else [value]
+
+
+def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
+    """The folder of the run that a checkpoint belongs to; None if it lies in none. `last` is that of `out`."""
+    if checkpoint is None or not Path(checkpoint).suffix:
+        return None if checkpoint is None else out
+    folder = Path(checkpoint).parent.parent
+    return folder if (folder / "config.yaml").exists() else None
 
 
 def free_folder(folder: Path) -> Path:

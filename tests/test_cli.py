@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_align import __version__
 from lit_align.__main__ import entry
 from lit_align.callbacks.manifest import model_hash
-from lit_align.cli import free_folder, main
+from lit_align.cli import free_folder, main, resumed_folder
 
 LEFT = {"config.yaml", "metrics.csv", "manifest.json", "checkpoints", "model"}
 
@@ -331,3 +331,16 @@ def test_the_models_that_a_configuration_names_are_its_parents(place: Path, part
     parents = json.loads((place / "run" / "manifest.json").read_text())["parents"]
     assert parents == {folder: model_hash(Path(folder)) for folder in (parts[0], value)}
     assert len(set(parents.values())) == 2
+
+
+def test_a_checkpoint_is_resumed_in_its_own_run(tmp_path: Path) -> None:
+    def folder(checkpoint: str | None) -> Path | None:
+        return resumed_folder(checkpoint, tmp_path / "given")
+
+    (tmp_path / "run-2" / "checkpoints").mkdir(parents=True)
+    checkpoint = str(tmp_path / "run-2" / "checkpoints" / "last.ckpt")
+    assert folder(None) is None
+    assert folder(checkpoint) is None  # it lies in no run
+    (tmp_path / "run-2" / "config.yaml").touch()
+    assert folder(checkpoint) == tmp_path / "run-2"
+    assert folder("last") == tmp_path / "given"

@@ -46,6 +46,7 @@ def test_a_pipeline_with_its_options(
     # Values are JSON; what is no JSON is text.
     assert text.read_text() == "c 3 4"
     assert summary == json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seed"] == 3
     assert f"page in {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
     main([*args, "--quick", "--set", 'one.init_args.words=["x", "y"]', "--set", "one.init_args.words.1=y=z"])
     assert text.read_text() == "x y=z 7"

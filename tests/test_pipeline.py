@@ -163,12 +163,19 @@ def test_the_key_does_not_depend_on_the_folder(
     expected = keys(Pipeline(write(), tmp_path / "far" / "away"))
     pipeline = Pipeline(write(), out)
     assert keys(pipeline) == expected
+    assert keys(Pipeline(write(root=f"{ROOT}/"), out)) == expected
     assert keys(Pipeline(write(), out, seed=1)) != expected
     run(pipeline)
     # The root stands for the folder, in the configuration that each stage ran with too.
     assert (Path(out or ROOT) / "four" / "text.txt").read_text() == "a 1 b 0 d 0"
     inputs = yaml.safe_load((Path(out or ROOT) / "four" / "stage.yaml").read_text())["init_args"]["inputs"]
     assert [Path(name) for name in inputs] == [Path(out or ROOT) / "two" / "text.txt"]
+
+
+def test_the_key_depends_on_the_command(write: Files) -> None:
+    fit, predict = (Pipeline(write(stages={"one": {kind: "one.yaml"}})) for kind in ("fit", "predict"))
+    assert fit.stages[0].config == predict.stages[0].config
+    assert keys(fit) != keys(predict)
 
 
 def test_a_moved_run_is_still_done(write: Files, tmp_path: Path) -> None:

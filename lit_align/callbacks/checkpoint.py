@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 class RunCheckpoint(ModelCheckpoint):
     """Saves after each validation, after the last batch of an epoch that has none, and at the end of training.
 
+    A validation that interrupts an accumulation of gradients is passed over.
     Lightning's own saves at the end of epochs, and 2.6 resumes badly from there: it counts the last batch again, so
     that every later step in the logs is one too high, and with max_epochs and max_steps given it ends an epoch early.
     """
@@ -34,6 +35,13 @@ class RunCheckpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        # In the middle of an accumulation the gradients so far are in no checkpoint: a run that was resumed from one
+        # would step without them.
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        pending = batches % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch
+        return pending or super()._should_skip_saving_checkpoint(trainer)
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         return bool(self._save_on_train_epoch_end)

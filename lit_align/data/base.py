@@ -142,7 +142,9 @@ class TextDataModule(LightningDataModule):
         examples = self.batch_size * self._world
         # Rounded up: the last batch of an epoch is filled from the next one, and nothing is left out.
         batches = math.ceil(len(self._training_order()) / examples)
-        return Loader(self._train_batch, batches, self.num_workers, self.position)
+        # Trainer.overfit_batches wants the same few in every epoch.
+        position = None if getattr(self.trainer, "overfit_batches", 0) else self.position
+        return Loader(self._train_batch, batches, self.num_workers, position)
 
     def val_dataloader(self) -> Loader | list[Loader]:
         """Held-out examples, in order; no loader at all for a training run that holds none out."""
@@ -187,6 +189,11 @@ class TextDataModule(LightningDataModule):
         return self._encoder().tokenizer
 
     @property
+    def bos(self) -> int | None:
+        """The token that the tokenizer begins text with, if it does."""
+        return self._encoder().bos
+
+    @property
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer."""
         return self._encoder().stop_ids
@@ -205,7 +212,14 @@ class TextDataModule(LightningDataModule):
 
     def _encoder(self) -> ChatEncoder:
         if self.encoder is None:
-            tokenizer = AutoTokenizer.from_pretrained(expand(self.tokenizer_name))
+            name = expand(self.tokenizer_name)
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
+                    f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
+                ) from error
             self.encoder = ChatEncoder(tokenizer, self.chat_template, self.turns)
         return self.encoder
 

@@ -66,6 +66,11 @@ class ChatEncoder:
         stops = [self._template_stop, self.tokenizer.eos_token_id]
         return list(dict.fromkeys(stop for stop in stops if stop is not None))
 
+    @property
+    def bos(self) -> int | None:
+        """The token that the tokenizer begins text with, if it does."""
+        return self.tokenizer.bos_token_id if self._begins_text else None
+
     def tokens(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -10,7 +10,7 @@ from lit_align.types import Example, Segment
 Truncate = Literal["prompt", "answer", "never"]
 
 
-def fit(example: Example, max_length: int, truncate: Truncate, tally: Tally) -> Example:
+def fit(example: Example, max_length: int, truncate: Truncate, tally: Tally, bos: int | None = None) -> Example:
     """Shorten an example so that its longest sequence has at most `max_length` tokens; count it if it was cut.
 
     Args:
@@ -19,6 +19,7 @@ def fit(example: Example, max_length: int, truncate: Truncate, tally: Tally) -> 
         truncate: "prompt" cuts the beginning of the prompt (and the end of an answer that is too long by itself),
             "answer" cuts the end of the answer, "never" refuses.
         tally: counts `truncated`.
+        bos: a token that stays in front of a prompt whose beginning is cut, if it stood there.
 
     Raises:
         BadField: too long and not to be cut; or cutting the answer would leave nothing of it.
@@ -31,6 +32,8 @@ def fit(example: Example, max_length: int, truncate: Truncate, tally: Tally) -> 
         raise BadField("tokens", f"number {longest}, above max_length {max_length}: raise it, or set truncate")
     cut = _cut_right(example, max_length) if truncate == "answer" else _cut_left(example, max_length)
     tally["truncated"] += 1
+    if bos is not None and trunk.tokens[:1] == [bos] and cut.trunk.tokens:
+        return Example(Segment([bos, *cut.trunk.tokens[1:]], cut.trunk.scored), cut.branches)
     return cut
 
 

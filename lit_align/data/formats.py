@@ -308,6 +308,12 @@ def recognise(row: Row) -> str:
         BadField: no format has these columns.
     """
     columns = set(row)
+    if {"prompt", "completion"} <= columns and isinstance(row.get("label"), bool):
+        raise BadField(
+            "label",
+            "marks an answer as good or bad, and nothing here learns from one alone: rank two or more answers to a "
+            "prompt (loss: kto takes rankings), or set format: prompt_completion to imitate all of them",
+        )
     for name, needs in _SIGNS:
         if not needs <= columns:
             continue

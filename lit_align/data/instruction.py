@@ -44,7 +44,7 @@ class InstructionDataModule(TextDataModule):
             raise BadField(
                 next(iter(row)), "belongs to rankings or bare prompts, which hold no demonstration to imitate"
             )
-        example = fit(Example(_with_something_scored(sequence, field)), self.max_length, self.truncate, tally)
+        example = fit(Example(_with_something_scored(sequence, field)), self.max_length, self.truncate, tally, self.bos)
         return [Item(example, [], [], group_of(prompt), {})]
 
     def collate(self, items: Sequence[Item]) -> PackedBatch:

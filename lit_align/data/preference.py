@@ -54,7 +54,7 @@ class PreferenceDataModule(TextDataModule):
         encoder = self._encoder()
         ids = encoder.prompt(prompt)
         branches = [encoder.answer(prompt, answer, end) for answer, end in zip(answers, finished, strict=True)]
-        return fit(Example(Segment(ids, [False] * len(ids)), branches), self.max_length, self.truncate, tally)
+        return fit(Example(Segment(ids, [False] * len(ids)), branches), self.max_length, self.truncate, tally, self.bos)
 
     def collate(self, items: Sequence[Item]) -> PreferenceBatch:
         """Packed rows, with the rank and the margin of each answer."""

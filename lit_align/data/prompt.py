@@ -47,7 +47,7 @@ class PromptDataModule(TextDataModule):
         ranked = ("completions", "ranks", "margins", "finished")
         row = {name: value for name, value in row.items() if name not in ranked}
         ids = self._encoder().prompt(row["prompt"])
-        example = fit(Example(Segment(ids, [False] * len(ids))), self.max_length, self.truncate, tally)
+        example = fit(Example(Segment(ids, [False] * len(ids))), self.max_length, self.truncate, tally, self.bos)
         return [Item(example, [], [], group_of(row["prompt"]), row)]
 
     def collate(self, items: Sequence[Item]) -> PromptBatch:

@@ -66,6 +66,8 @@ DPO_LOSSES: dict[str, Callable[..., Tensor]] = {
 RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {"plackett_luce": plackett_luce_dpo_loss, "kto": ranked_kto_loss}
 # Losses that never look at the reference: DPOModule then loads none.
 REFERENCE_FREE = frozenset({"simpo", "cpo", "orpo"})
+# Losses of log-probabilities per token: an answer is preferred by its mean, not by its sum.
+PER_TOKEN = frozenset({"ipo", "sigmoid_norm", "simpo", "orpo"})
 
 
 def loss_options(name: str, **given: float | None) -> dict[str, float]:

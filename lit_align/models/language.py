@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from lit_align.functional.logprobs import shape_logits, sum_by_sequence, token_entropies, token_logprobs
 from lit_align.models.trees import TreeModel
@@ -46,6 +47,31 @@ class LanguageModel(TreeModel):
 
     dense_bytes = 2**30
     _path: str | None = None
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__(hf)
+        self._check_head()
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """Compare `logits` with the model's own: some architectures do more behind their output embeddings.
+
+        Raises:
+            ValueError: they differ.
+        """
+        if self.hf.device.type == "meta":
+            return
+        training = self.hf.training
+        self.hf.eval()
+        ids = torch.zeros(1, 3, dtype=torch.long, device=self.hf.device)
+        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+        own, ours = self.hf(input_ids=ids, use_cache=False).logits, self.logits(hidden)
+        self.hf.train(training)
+        if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * own.float().abs().max().item()):
+            raise ValueError(
+                f"{type(self.hf).__name__} computes its logits in a way that is not known here, so its "
+                "log-probabilities would be wrong: the architecture is not supported"
+            )
 
     def forward(
         self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0, entropies: bool = False

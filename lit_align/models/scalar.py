@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_align.functional.logprobs import upcast
 from lit_align.models.trees import TreeModel
 from lit_align.types import PackedBatch
 
@@ -47,9 +48,7 @@ class ScalarModel(TreeModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states to scalars, in fp32 at least."""
-        head: Any = self.hf.score
-        score: Tensor = head(hidden).squeeze(-1)
-        return score.float() if score.dtype in (torch.bfloat16, torch.float16) else score
+        return _in_fp32(self.hf.score, hidden)
 
     def normalize(self, mean: float, std: float) -> None:
         """Make rewards (score - mean) / std from here on, also in the exported folder."""
@@ -72,4 +71,11 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden_SH: Tensor) -> Tensor:
         """Shape (S,)."""
-        return self.linear(hidden_SH).squeeze(-1).float()
+        return _in_fp32(self.linear, hidden_SH)
+
+
+def _in_fp32(head: Any, hidden: Tensor) -> Tensor:
+    """A scalar per hidden state, computed in fp32 at least: autocast would leave it three digits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else upcast(head.bias)
+        return nn.functional.linear(upcast(hidden), upcast(head.weight), bias).squeeze(-1)

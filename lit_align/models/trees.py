@@ -91,6 +91,9 @@ class TreeModel(nn.Module):
 def _takes_trees(backbone: PreTrainedModel) -> bool:
     if backbone.device.type == "meta":
         return True
+    config = backbone.config.get_text_config()
+    if getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None):
+        return False  # GPT-Neo, Llama 4: local attention by distance in the row, which a short probe cannot see
     vocabulary = backbone.config.get_text_config().vocab_size
     segments = [
         Segment([(7 * i + 3 * k + 1) % vocabulary for i in range(n)], [False] * n) for k, n in enumerate((3, 2, 4))

@@ -16,6 +16,13 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_align.modules.schedule import Schedule
+from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
+
+_DATA = {
+    PackedBatch: "InstructionDataModule",
+    PreferenceBatch: "PreferenceDataModule",
+    PromptBatch: "PromptDataModule",
+}
 
 
 class AlignModule(LightningModule):
@@ -47,6 +54,41 @@ class AlignModule(LightningModule):
         self._loss_sum: Tensor | float = 0.0
         self._loss_count = 0.0
         self._rng: dict[str, Any] | None = None
+
+    # What it can work with.
+
+    batch_type: type = PackedBatch
+    predict_batch_type: type = PromptBatch
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies that shard gradients.
+
+        Raises:
+            ValueError: names the strategy.
+        """
+        name = type(self.trainer.strategy).__name__
+        if name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"):
+            raise ValueError(f"{name} is not supported: the exact normaliser needs whole gradients; use auto or ddp")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse the batches of another kind of data.
+
+        Raises:
+            ValueError: names the data module to use.
+        """
+        wanted = self.predict_batch_type if self.trainer.predicting else self.batch_type
+        if isinstance(batch, tuple(_DATA)) and not isinstance(batch, wanted):
+            doing = "predicts" if self.trainer.predicting else "trains"
+            raise ValueError(
+                f"{type(self).__name__} {doing} on the batches of a {_DATA[wanted]}: the data is a "
+                f"{_DATA[type(batch)]}; change data.class_path"
+            )
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same."""
+        self.on_train_batch_start(batch, batch_idx)
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     # Optimizer and schedule.
 
@@ -137,9 +179,9 @@ class AlignModule(LightningModule):
 
     def sum_over_ranks(self, values: Iterable[Tensor | float]) -> Tensor:
         """Scalars summed over all processes."""
-        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values]).to(self.device)
+        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
         if self.trainer.world_size > 1:
-            stacked = self.trainer.strategy.reduce(stacked, reduce_op="sum")
+            stacked = self.trainer.strategy.reduce(stacked.to(self.device), reduce_op="sum")
         return stacked
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lit_align.functional.dpo import PairLogps, implicit_rewards, nll_loss
-from lit_align.functional.dpo_losses import DPO_LOSSES, RANKING_LOSSES, REFERENCE_FREE, LossName, loss_options
+from lit_align.functional.dpo_losses import (
+    DPO_LOSSES,
+    PER_TOKEN,
+    RANKING_LOSSES,
+    REFERENCE_FREE,
+    LossName,
+    loss_options,
+)
 from lit_align.functional.reward import RankedPairs, ranked_pairs
 from lit_align.models.network import Network
 from lit_align.modules.metrics import PairAccuracy
@@ -38,6 +45,8 @@ class DPOModule(ReferencedModule):
     """
 
     reference_point: Tensor
+
+    batch_type = PreferenceBatch
 
     def __init__(
         self,
@@ -91,7 +100,8 @@ class DPOModule(ReferencedModule):
         """Loss per prompt."""
         pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
         logps, log_ratio_Q = self.pair_logps(batch, pairs)
-        better_P, worse_P = implicit_rewards(logps, self.beta)
+        compared = logps.per_token() if self.loss_name in PER_TOKEN else logps
+        better_P, worse_P = implicit_rewards(compared, self.beta)
         count = batch.packed.num_examples
         self.log("train/chosen_reward", better_P.mean(), batch_size=count)
         self.log("train/rejected_reward", worse_P.mean(), batch_size=count)
@@ -113,7 +123,9 @@ class DPOModule(ReferencedModule):
         logps, log_ratio_Q = self.pair_logps(batch, pairs)
         count = batch.packed.num_examples
         self.loss.update(self.loss_sum(batch, pairs, logps, log_ratio_Q) / count, count)
-        self.accuracy.update(log_ratio_Q, pairs, count)
+        tokens_Q = torch.bincount(batch.packed.sequence_S, minlength=batch.packed.num_sequences)
+        score_Q = log_ratio_Q / tokens_Q.clamp(min=1) if self.loss_name in PER_TOKEN else log_ratio_Q
+        self.accuracy.update(score_Q, pairs, count)
 
     def on_validation_epoch_end(self) -> None:
         """Log."""

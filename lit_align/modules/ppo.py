@@ -77,6 +77,8 @@ class PPOModule(PolicyModule):
 
     value: ScalarModel | ValueHead
 
+    batch_type = PromptBatch
+
     def __init__(
         self,
         network: Network,
@@ -146,6 +148,13 @@ class PPOModule(PolicyModule):
                 "PPO accumulates over micro-batches itself: unset trainer.accumulate_grad_batches, "
                 "set model.micro_batch_size and data.batch_size"
             )
+        if trainer.max_steps > 0 and trainer.max_steps % self.optimizer_steps_per_batch:
+            raise ValueError(
+                f"an iteration of PPO takes epochs * mini_batches = {self.optimizer_steps_per_batch} optimizer steps: "
+                f"max_steps ({trainer.max_steps}) is no multiple of that"
+            )
+        if trainer.precision == "16-mixed":
+            raise ValueError("PPO clips gradients that fp16's scaler has not unscaled: use bf16-mixed or 32-true")
         for callback in trainer.checkpoint_callbacks:
             every = getattr(callback, "_every_n_train_steps", 0)
             if isinstance(callback, ModelCheckpoint) and getattr(callback, "_train_time_interval", None) is not None:
@@ -311,8 +320,6 @@ class PPOModule(PolicyModule):
         """Take it up again."""
         super().on_load_checkpoint(checkpoint)
         self.iteration, self.kl_coef = checkpoint["ppo"]["iteration"], checkpoint["ppo"]["kl_coef"]
-
-    # Small parts.
 
     def _micro_batches(self, rollout: Rollout, shuffle: torch.Generator) -> Sequence[Tensor]:
         """Sequence numbers of each micro-batch: whole prompts, shuffled."""

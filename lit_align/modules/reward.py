@@ -41,6 +41,9 @@ class RewardModule(AlignModule):
 
     scorer: ScalarModel
 
+    batch_type = PreferenceBatch
+    predict_batch_type = PreferenceBatch
+
     def __init__(
         self,
         network: Network,
@@ -69,6 +72,8 @@ class RewardModule(AlignModule):
 
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""
+        if self.normalize:  # a checkpoint brings the buffers back, not the configuration that is saved
+            self.scorer.normalize(self.scorer.mean.item(), self.scorer.std.item())
         return self.scorer.hf
 
     def loss_sum(self, score_Q: Tensor, batch: PreferenceBatch) -> Tensor:

@@ -93,7 +93,7 @@ def _measures(summary: dict[str, float], policies: list[str]) -> list[dict[str, 
     for key, title, form, note, more_is_better in MEASURES:
         values = [summary.get(f"{policy}/{key}") for policy in policies]
         known = [value for value in values if value is not None]
-        if not known:
+        if len(known) < len(policies) or not known:  # a stage's own metric of the same name is no comparison
             continue
         best = None if more_is_better is None else max(known) if more_is_better else min(known)
         errors = [summary.get(f"{policy}/{key}_se") for policy in policies]

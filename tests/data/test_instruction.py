@@ -104,7 +104,7 @@ def test_text_is_cut_into_pieces_and_none_of_it_dropped() -> None:
 
 def test_too_long_is_cut_and_counted() -> None:
     row, tally = {"prompt": "abcdef", "completion": "uvw"}, Tally()
-    assert shown(module(max_length=7), row, tally) == ["def[[uvw<eos>]]"]
+    assert shown(module(max_length=7), row, tally) == ["<bos>ef[[uvw<eos>]]"]
     assert shown(module(max_length=9, truncate="answer"), row, tally) == ["<bos>abcdef[[uv]]"]
     assert shown(module(max_length=11), row, tally) == ["<bos>abcdef[[uvw<eos>]]"]
     assert tally == {"truncated": 2}

@@ -158,7 +158,7 @@ def test_prompt_is_cut_from_the_left_and_answers_as_little_as_possible() -> None
     tally = Tally()
     data = module(max_length=8)
     (item,) = data.encode(ranking("ab", "cdef", prompt="uvwxyz"), tally)
-    assert show_tree(data.tokenizer, item.example) == ["xyz", "[[ab<eos>]]", "[[cdef<eos>]]"]
+    assert show_tree(data.tokenizer, item.example) == ["<bos>yz", "[[ab<eos>]]", "[[cdef<eos>]]"]
     assert tally["truncated"] == 1
 
 

@@ -68,7 +68,7 @@ def test_long_prompts_keep_their_end() -> None:
     tally = Tally()
     data = module(max_length=4)
     (item,) = data.encode({"prompt": "abcdefg"}, tally)
-    assert decoded(data.tokenizer, item.example.trunk.tokens) == "defg"
+    assert decoded(data.tokenizer, item.example.trunk.tokens) == "<bos>efg"
     assert tally == {"truncated": 1}
     with pytest.raises(BadField, match="'tokens' number 8, above max_length 4"):
         module(max_length=4, truncate="never").encode({"prompt": "abcdefg"}, tally)

@@ -26,6 +26,7 @@ from lit_align import (
     SFTModule,
     Source,
 )
+from lit_align.callbacks import RunCheckpoint
 from lit_align.modules import Constant, Cosine, Linear
 
 
@@ -221,3 +222,47 @@ def test_activation_checkpointing_changes_no_gradient(place: Path) -> None:
         trainer(max_steps=1, max_epochs=None, limit_val_batches=0).fit(module, demos(place))
         grads.append({name: p.detach().clone() for name, p in module.named_parameters()})
     assert all(torch.allclose(grads[0][name], grads[1][name], atol=1e-6) for name in grads[0])
+
+
+def test_the_normalisation_of_rewards_outlives_a_checkpoint(place: Path) -> None:
+    module = RewardModule(network(place), optimizer=adam())
+    trainer(enable_checkpointing=True, callbacks=[ModelCheckpoint(place / "r", save_last=True)]).fit(
+        module, rankings(place)
+    )
+    again = RewardModule(network(place), optimizer=adam())
+    again.configure_model()
+    again.load_state_dict(torch.load(place / "r" / "last.ckpt", weights_only=True)["state_dict"], strict=False)
+    assert again.exported().config.reward_std == pytest.approx(module.scorer.std.item())
+    assert again.exported().config.reward_mean == pytest.approx(module.scorer.mean.item())
+
+
+def test_the_wrong_kind_of_data_is_named(place: Path) -> None:
+    with pytest.raises(ValueError, match="SFTModule trains on the batches of a InstructionDataModule"):
+        trainer().fit(SFTModule(network(place), optimizer=adam()), rankings(place))
+    with pytest.raises(ValueError, match="SFTModule predicts on the batches of a PromptDataModule"):
+        trainer().predict(SFTModule(network(place)), demos(place))
+
+
+def test_overfitting_on_a_batch_sees_one_batch(place: Path) -> None:
+    seen = []
+    module = SFTModule(network(place), optimizer=adam())
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: seen.append(batch.tokens_RN.sum().item()) or step(batch, batch_idx)
+    trainer(overfit_batches=1, max_epochs=3).fit(module, demos(place, val_fraction=0.0))
+    assert len(seen) == 3
+    assert len(set(seen)) == 1
+
+
+def test_no_checkpoint_in_the_middle_of_an_accumulation(place: Path) -> None:
+    saved = []
+
+    class Noting(RunCheckpoint):
+        def _save_topk_checkpoint(self, trainer: Trainer, candidates: dict) -> None:
+            saved.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+
+    run = trainer(
+        accumulate_grad_batches=2, val_check_interval=1, callbacks=[Noting(place / "acc")], enable_checkpointing=True
+    )
+    run.fit(SFTModule(network(place), optimizer=adam()), demos(place, val=[Source(str(place / "demos.json"))]))
+    assert saved
+    assert all(count % 2 == 0 for count in saved)

@@ -102,6 +102,7 @@ def test_the_page_shows_the_run(folder: Path) -> None:
     assert page.tags.count("svg") == 5
     assert {"Reward against KL", "Behaviour on held-out prompts", "Training", "Where the time went"} <= set(texts)
     assert {"held-out loss (nats)", "reward of rollouts", "harm refused", "12 s", "34 s"} <= set(texts)
+    assert "46 s" not in texts  # the sum is no stage
     # What they say: two prompts of a category, each policy's answer with its score.
     assert {"question 0", "question 1"} <= set(texts)
     assert "question 2" not in texts
