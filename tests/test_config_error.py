@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning import LightningModule
 from support.configs import config
 from support.runs import write_rows
 from support.tiny import tiny_folder
@@ -16,6 +17,10 @@ from lit_align.cli import AlignCLI, main
 from lit_align.config_error import ConfigError, explain
 
 Write = Callable[..., list[str]]
+
+
+class Alien(LightningModule):
+    """Not ours, and so not suggested."""
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +227,11 @@ def test_the_file_and_the_line_however_the_file_is_given(written: Write, tmp_pat
     file.write_text("trainer:\n  max_steps: [\n")
     for flags in (["--config", str(file)], [f"--config={file}"], [f"-c{file}"]):
         assert refused([*written("sft"), *flags]).startswith(f"{file}, line 3: not valid YAML: ")
+
+
+def test_what_was_given_and_nothing_more(written: Write) -> None:
+    told = refused(written("sft", f"{MODEL}.optimizer.init_args.lr", "fast"))
+    assert told == "model.optimizer.lr: expected float, got fast"
 
 
 def test_what_is_not_understood_is_still_one_line() -> None:

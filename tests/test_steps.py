@@ -20,7 +20,7 @@ WORDS = "the bee sees the sea and the bee sees the tree"
 def sources(tmp_path: Path) -> list[Source]:
     demos = [{"instruction": f"{WORDS} {i}", "output": "humming"} for i in range(20)]
     (tmp_path / "demos.json").write_text(json.dumps(demos))
-    (tmp_path / "plain.txt").write_text(WORDS * 20)
+    (tmp_path / "plain.txt").write_text("zigzag " * 20)
     return [Source(str(tmp_path / "demos.json")), Source(str(tmp_path / "plain.txt"))]
 
 
@@ -32,7 +32,8 @@ def test_a_folder_to_start_from(sources: list[Source], tmp_path: Path) -> None:
     assert len(tokenizer) == 290
     # Trained on the text of every source: what is frequent in it is one token; and any string can be encoded.
     assert len(tokenizer(" the bee", add_special_tokens=False)["input_ids"]) <= 2
-    assert len(tokenizer("humming", add_special_tokens=False)["input_ids"]) < 7
+    for word in ("humming", "zigzag"):
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) < len(word)
     assert tokenizer.decode(tokenizer("zebra £ 🐝", add_special_tokens=False)["input_ids"]) == "zebra £ 🐝"
     assert tokenizer.chat_template
     config = AutoConfig.from_pretrained(tmp_path / "out" / "model")

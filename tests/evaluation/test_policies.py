@@ -31,7 +31,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def data(folders: dict[str, str], tmp_path: Path) -> PromptDataModule:
     write_rows(tmp_path)
     rows = [Source(str(tmp_path / "demos.json"))]
-    return PromptDataModule(folders["one"], [], val=rows, cache_dir="none", batch_size=3)
+    nothing = [Source(str(tmp_path / "nowhere.json"))]  # the validation prompts are used, and no others
+    return PromptDataModule(folders["one"], [], val=rows, predict=nothing, cache_dir="none", batch_size=3)
 
 
 def test_log_probabilities_of_answers(folders: dict[str, str]) -> None:
@@ -46,13 +47,21 @@ def test_log_probabilities_of_answers(folders: dict[str, str]) -> None:
         expected.append(logps[len(prompt) - 1 :].sum().item())
     for batch_size in (1, 3, 128):
         assert policy.logps(answers, batch_size).tolist() == pytest.approx(expected, abs=1e-4)
+    # Several answers to a prompt stay together, whatever the batch.
+    twice = rollout(policy.tokenizer, [answer for answer in ANSWERS for _ in range(2)], samples=2)
+    for batch_size in (1, 3, 128):
+        assert policy.logps(twice, batch_size).tolist() == pytest.approx(
+            [x for x in expected for _ in range(2)], abs=1e-4
+        )
+    assert not policy.model.training
+    assert not any(parameter.requires_grad for parameter in policy.model.parameters())
 
 
 def test_a_policy_has_not_moved_from_itself(folders: dict[str, str]) -> None:
     one, two = Policy(folders["one"]), Policy(folders["two"])
     answers = rollout(one.tokenizer, ANSWERS)
     assert sequence_kl(one, one, answers).tolist() == [0.0] * 4
-    assert torch.equal(sequence_kl(one, two, answers), -sequence_kl(two, one, answers))
+    assert torch.equal(sequence_kl(one, two, answers), one.logps(answers) - two.logps(answers))
     assert sequence_kl(one, two, answers).abs().min() > 0
 
 
@@ -67,7 +76,15 @@ def test_answers_are_a_function_of_the_seed(folders: dict[str, str]) -> None:
     assert [row["n"] for row in first.rows] == [0, 0, 1, 1]
     assert [len(prompt) for prompt in first.prompts] == [3, 3, 2, 2]
     assert first.num_sequences == 4
-    assert all(text == text.strip() and "<eos>" not in text for text in first.texts)
+    assert all(text == text.strip() for text in first.texts)
+
+
+def test_stop_tokens_are_no_text(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy(folders["one"])
+    (said,) = rollout(policy.tokenizer, [("a?", " bee ", True)]).completions
+    assert said.tokens[-1] == policy.tokenizer.eos_token_id
+    monkeypatch.setattr("lit_align.evaluation.policies.TransformersEngine", lambda: lambda *_: [[said]])
+    assert policy.answer([torch.tensor([1])], [{}], Sampling(), 0).texts == ["bee"]
 
 
 def test_the_comparison(folders: dict[str, str], data: PromptDataModule, tmp_path: Path) -> None:
@@ -83,7 +100,7 @@ def test_the_comparison(folders: dict[str, str], data: PromptDataModule, tmp_pat
     assert figures["prompts"] == 8
     # The reference is where KL and gains are measured from.
     assert (figures["one/kl"], figures["one/length_gain"], figures["one/length_gain_se"]) == (0.0, 0.0, 0.0)
-    assert figures["two/kl"] != 0
+    assert figures["two/kl"] > 0
     for name in folders:
         own = [line for line in lines if line["policy"] == name]
         assert figures[f"{name}/length"] == pytest.approx(sum(line["length"] for line in own) / 16)
@@ -91,6 +108,8 @@ def test_the_comparison(folders: dict[str, str], data: PromptDataModule, tmp_pat
         assert 0 < figures[f"{name}/tokens"] <= 5
     assert figures["two/length_gain"] == pytest.approx(figures["two/length"] - figures["one/length"])
     assert step.run(tmp_path / "again") == figures
+    step.seed = 4
+    assert step.run(tmp_path / "other") != figures
 
 
 def prompts(folder: Path) -> list[str]:

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_align import FunctionReward, ModelReward, Network, Reward
 from lit_align.models.scratch import bpe_tokenizer
-from lit_align.types import Rollout
+from lit_align.types import Completion, Rollout
 
 ANSWERS = [("a?", "bee", True), ("b?", "sea dee", True), ("c?", "", True), ("d?", "eff gee eff gee", False)]
 
@@ -76,6 +76,10 @@ def judge(scores: Any) -> FunctionReward:
         (
             [1.0, None, 2.0, 3.0],
             r"the reward function strict returned \[1\.0, None, 2\.0, 3\.0\], expected a number for",
+        ),
+        (
+            {"a": 1.0},
+            r"the reward function strict returned \{'a': 1\.0\}, expected a number for each completion: ",
         ),
         (
             ["a", "b", "c", "d"],
@@ -147,6 +151,14 @@ def test_a_model_scores_the_very_tokens(scorer: str, policy: Any, answers: Rollo
     ]
     assert rewards.tolist() == pytest.approx([alone(scorer, ids) for ids in sequences], abs=1e-5)
     assert len(set(rewards.tolist())) == 4
+
+
+def test_what_was_sampled_counts_and_not_how_it_would_be_written(scorer: str, policy: Any, answers: Rollout) -> None:
+    sampled = [Completion([40, 41, 42], False), *answers.completions[1:]]
+    reward = loaded(scorer, policy)
+    rewards = reward(answers._replace(completions=sampled))
+    assert rewards[0].item() == pytest.approx(alone(scorer, [*answers.prompts[0].tolist(), 40, 41, 42]), abs=1e-5)
+    assert rewards[0] != reward(answers)[0]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
