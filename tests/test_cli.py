@@ -93,18 +93,16 @@ def test_a_folder_that_holds_a_run_is_not_written_into(place: Path, capsys: pyte
     args = ["fit", "-c", str(place / "sft.yaml")]
     main(args)
     first = everything(place / "run")
-    for number in (2, 3):
-        main([*args, f"--seed_everything={number}"])
-        told = f"{place / 'run'} holds another run: this one goes to {place / 'run'}-{number}"
-        assert told in capsys.readouterr().out
-        assert {path.name for path in (place / f"run-{number}").iterdir()} == LEFT
+    main([*args, "--seed_everything=2"])
+    assert f"{place / 'run'} holds another run: this one goes to {place / 'run-2'}" in capsys.readouterr().out
+    assert {path.name for path in (place / "run-2").iterdir()} == LEFT
     # Nor do the commands that look at a run write into it.
     for command in ("validate", "test"):
         main([command, "-c", str(place / "run" / "config.yaml")])
     main(["predict", "-c", str(place / "ppo.yaml")])
     assert everything(place / "run") == first
-    assert (place / "run-4" / "completions.jsonl").exists()
-    assert rows_of(place / "run-4" / "metrics.csv")[-1]["test/loss"]
+    assert (place / "run-3" / "completions.jsonl").exists()
+    assert rows_of(place / "run-3" / "metrics.csv")[-1]["test/loss"]
 
 
 def test_free_folders(tmp_path: Path) -> None:

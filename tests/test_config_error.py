@@ -10,10 +10,11 @@ import pytest
 import yaml
 from lightning import LightningModule
 from support.configs import config
+from support.parsers import only
 from support.runs import write_rows
 from support.tiny import tiny_folder
 
-from lit_align.cli import AlignCLI, main
+from lit_align.cli import main
 from lit_align.config_error import ConfigError, explain
 
 Write = Callable[..., list[str]]
@@ -35,9 +36,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def written(parts: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """The command line of a fit that is right but for one key, given as YAML or as an argument."""
     monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
-    # One parser, and not those of the other three commands too: a quarter of the time.
-    fit = {"fit": AlignCLI.subcommands()["fit"]}
-    monkeypatch.setattr(AlignCLI, "subcommands", staticmethod(lambda: fit))
+    only("fit", monkeypatch)
 
     def write(method: str, key: str = "", value: Any = None) -> list[str]:
         content = config(method, *parts, tmp_path / "run", max_steps=1)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.configs import config
+from support.parsers import only
 
 from lit_align.cli import main
 
@@ -18,6 +19,7 @@ from lit_align.cli import main
 def command(parts: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Fit for three epochs of four batches into a folder."""
     monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    only("fit", monkeypatch)
 
     def fit(method: str, name: str, *more: str) -> None:
         content = config(method, *parts, tmp_path / name, max_epochs=3)
@@ -41,10 +43,10 @@ def step(folder: Path) -> int:
         ("sft", [], 7, 4),  # at the end of an epoch, which is where it is validated
         ("sft", ["--trainer.max_steps=12"], 7, 4),
         ("sft", ["--trainer.max_steps=12", "--trainer.limit_val_batches=0"], 7, 4),
-        ("reward", ["--trainer.accumulate_grad_batches=2"], 7, 2),
-        ("sft", ["--trainer.val_check_interval=0.5"], 7, 6),
-        ("ppo", [], 4, 8),
-        ("sft", ["--trainer.check_val_every_n_epoch=2"], 11, 8),
+        pytest.param("reward", ["--trainer.accumulate_grad_batches=2"], 7, 2, marks=pytest.mark.slow),
+        pytest.param("sft", ["--trainer.val_check_interval=0.5"], 7, 6, marks=pytest.mark.slow),
+        pytest.param("ppo", [], 4, 8, marks=pytest.mark.slow),
+        pytest.param("sft", ["--trainer.check_val_every_n_epoch=2"], 11, 8, marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_and_resumed(
