@@ -20,7 +20,7 @@ from lit_align.data.order import Order, Ref, split_by_group
 from lit_align.data.rows import Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
 from lit_align.data.store import Item, Store, build, tokenizer_key
-from lit_align.functional.packing import pack
+from lit_align.functional.packing import balance, best_fit_decreasing, pack
 from lit_align.types import Example, PackedBatch
 
 
@@ -43,6 +43,8 @@ class TextDataModule(LightningDataModule):
         on_bad_row: stop with an error that names file, row and field; or skip, count and report.
         seed: of the order.
         num_workers: processes that build batches.
+        micro_batch_tokens: take a batch in as few micro-batches as hold this many tokens each, one forward and backward
+            at a time; null takes it in one. The optimizer step is the same.
         row_tokens: room in a packed row; null for the longest example of the batch.
         share_prefix: compute a prompt once for all its answers.
         packing: put several examples in a row.
@@ -66,6 +68,7 @@ class TextDataModule(LightningDataModule):
         on_bad_row: OnBadRow = "error",
         seed: int = 0,
         num_workers: int = 0,
+        micro_batch_tokens: int | None = None,
         row_tokens: int | None = None,
         share_prefix: bool = True,
         packing: bool = True,
@@ -76,6 +79,8 @@ class TextDataModule(LightningDataModule):
         if min(batch_size, val_batch_size) < 1 or max_length < 2:
             sizes = f"{batch_size}, {val_batch_size} and {max_length}"
             raise ValueError(f"batch_size and val_batch_size must be at least 1, max_length at least 2, got {sizes}")
+        if micro_batch_tokens is not None and micro_batch_tokens < 2:
+            raise ValueError(f"micro_batch_tokens must be at least 2, or null, got {micro_batch_tokens}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
         self.tokenizer_name = tokenizer
@@ -90,6 +95,7 @@ class TextDataModule(LightningDataModule):
         self.on_bad_row = on_bad_row
         self.seed = seed
         self.num_workers = num_workers
+        self.micro_batch_tokens = micro_batch_tokens
         self.row_tokens = row_tokens
         self.share_prefix = share_prefix
         self.packing = packing
@@ -98,6 +104,7 @@ class TextDataModule(LightningDataModule):
         self.encoder: ChatEncoder | None = None
         self._stores: dict[str, list[Store]] = {}
         self._order: Order | None = None
+        self._lengths: list[list[int]] = []
         self._held_out: list[Ref] = []
 
     # What a subclass says.
@@ -241,7 +248,22 @@ class TextDataModule(LightningDataModule):
         for n in train:
             kept[refs[n][0]].append(refs[n][1])
         self._held_out = [refs[n] for n in held_out]
+        self._lengths = [store.lengths(self.share_prefix) for store in stores]
+        self._check_lengths(kept)
         self._order = Order(kept, [source.weight for source in self.sources["train"] or ()], self.seed)
+
+    def _check_lengths(self, kept: list[list[int]]) -> None:
+        room = self.micro_batch_tokens
+        for s, (source, lengths) in enumerate(zip(self.sources["train"] or (), self._lengths, strict=True)):
+            longest = max(kept[s], key=lengths.__getitem__, default=None)
+            if room is not None and longest is not None and lengths[longest] > room:
+                example = self._stores["train"][s][longest].example
+                begin = self.tokenizer.decode(list(example.trunk.tokens[:24]))
+                raise ValueError(
+                    f"{source.name}: the example that begins {begin!r} has {lengths[longest]:,} tokens with all its "
+                    f"answers, above data.micro_batch_tokens ({room:,}): raise that, or lower data.max_length "
+                    f"({self.max_length:,})"
+                )
 
     @property
     def _world(self) -> int:
@@ -257,11 +279,16 @@ class TextDataModule(LightningDataModule):
         return self._order
 
     def _train_batch(self, number: int) -> Any:
-        """The number-th batch of this rank: ranks take consecutive parts of one global batch."""
-        order = self._training_order()
-        first = (number * self._world + self._rank) * self.batch_size
-        refs = [order[first + i] for i in range(self.batch_size)]
-        return self.collate([self._stores["train"][source][item] for source, item in refs])
+        """The number-th batch of this rank, or a list of its micro-batches: ranks share one global batch evenly."""
+        order, size = self._training_order(), self.batch_size * self._world
+        refs = [order[number * size + i] for i in range(size)]
+        lengths = [self._lengths[source][item] for source, item in refs]
+        mine = balance(lengths, self._world)[self._rank]
+        items = [self._stores["train"][source][item] for source, item in (refs[i] for i in mine)]
+        if self.micro_batch_tokens is None:
+            return self.collate(items)
+        bins = best_fit_decreasing([lengths[i] for i in mine], self.micro_batch_tokens)
+        return [self.collate([items[i] for i in sorted(chosen)]) for chosen in bins]
 
     def _evaluation(self, part: str) -> Loader:
         if self.sources[part] is None:

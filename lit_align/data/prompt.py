@@ -31,6 +31,11 @@ class PromptDataModule(TextDataModule):
         self, tokenizer: str, train: list[Source], ptx: InstructionDataModule | None = None, **options: Any
     ) -> None:
         super().__init__(tokenizer, train, **options)
+        if self.micro_batch_tokens is not None or (ptx is not None and ptx.micro_batch_tokens is not None):
+            raise ValueError(
+                "data.micro_batch_tokens is not for prompts: micro-batches are made of answers, which are sampled "
+                "later; set model.micro_batch_size"
+            )
         self.ptx = ptx
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
@@ -85,6 +87,16 @@ class Store:
         branches = [Segment(t, s) for t, s in zip(record["branches"], record["branches_scored"], strict=True)]
         example = Example(Segment(record["trunk"], record["trunk_scored"]), branches)
         return Item(example, record["ranks"], record["margins"], record["group"], json.loads(record["row"]))
+
+    def lengths(self, share_prefix: bool = True) -> list[int]:
+        """Tokens that the model computes for every item, the prompt once or once for each answer."""
+        trunk = pc.list_value_length(self.data.data.column("trunk")).to_numpy()
+        branches = self.data.data.column("branches").combine_chunks()
+        answers = pc.list_value_length(branches).to_numpy(zero_copy_only=False)
+        tokens = pc.list_value_length(pc.list_flatten(branches)).to_numpy(zero_copy_only=False)
+        in_answers = np.bincount(pc.list_parent_indices(branches).to_numpy(), tokens, minlength=len(trunk))
+        times = 1 if share_prefix else np.maximum(answers, 1)
+        return (trunk * times + in_answers).astype(int).tolist()
 
     def groups(self) -> list[str]:
         """Group of every item."""

@@ -41,6 +41,35 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
+def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Share items out, equally many to each part, so that no part has much more to do than another.
+
+    Longest first, each to the part that has the least so far and still has room.
+
+    Source: Graham 1969, "Bounds on Multiprocessing Timing Anomalies"; there the counts are left open.
+
+    Args:
+        lengths: length of each item; as many as divide evenly.
+        parts: how many.
+
+    Returns:
+        Item indices of each part, ascending.
+
+    Raises:
+        ValueError: the items cannot be shared out equally.
+    """
+    room, rest = divmod(len(lengths), parts)
+    if rest:
+        raise ValueError(f"{len(lengths)} items cannot be shared out equally to {parts} parts")
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    sums = [0] * parts
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        least = min((part for part in range(parts) if len(shares[part]) < room), key=lambda part: (sums[part], part))
+        shares[least].append(item)
+        sums[least] += lengths[item]
+    return [sorted(share) for share in shares]
+
+
 def unshare(example: Example) -> list[Example]:
     """The sequences of an example, each alone: trunk and branch in one run of tokens."""
     trunk = example.trunk

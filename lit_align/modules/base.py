@@ -51,8 +51,7 @@ class AlignModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         # Frozen weights are not in checkpoints: see on_save_checkpoint.
         self.strict_loading = False
-        self._loss_sum: Tensor | float = 0.0
-        self._loss_count = 0.0
+        self._sums: dict[str, tuple[Any, int]] = {}
         self._rng: dict[str, Any] | None = None
 
     # What it can work with.
@@ -76,6 +75,7 @@ class AlignModule(LightningModule):
         Raises:
             ValueError: names the data module to use.
         """
+        batch = batch[0] if isinstance(batch, list) and batch else batch
         wanted = self.predict_batch_type if self.trainer.predicting else self.batch_type
         if isinstance(batch, tuple(_DATA)) and not isinstance(batch, wanted):
             doing = "predicts" if self.trainer.predicting else "trains"
@@ -134,31 +134,59 @@ class AlignModule(LightningModule):
 
     # The exact normaliser.
 
-    def accumulate(self, loss_sum: Tensor, count: int) -> Tensor:
-        """What `training_step` returns: the *sum* of losses over a micro-batch, and its count kept for later.
+    def micro_step(self, batch: Any) -> Tensor:
+        """What a method does with a micro-batch: its loss, by way of `accumulate`."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """Forward and backward of each micro-batch; Lightning does the backward of the last, and under DDP its sync."""
+        *first, last = batch if isinstance(batch, list) else [batch]
+        for micro_batch in first:
+            # DDP expects no gradients before its forward has ended, and leaves these where they are.
+            self.trainer.strategy.backward(self.micro_step(micro_batch), None)
+        # Lightning divides by this; the sum is to stay a sum.
+        return self.micro_step(last) * self.trainer.accumulate_grad_batches
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, and only now forget the gradients."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Nothing: Lightning calls this after `training_step`, which has left gradients by then."""
+
+    def accumulate(self, loss_sum: Tensor, count: int, **measures: tuple[Tensor, int]) -> Tensor:
+        """What `micro_step` returns: the *sum* of losses over a micro-batch, and its count kept for later.
 
         A mean per micro-batch, averaged over micro-batches and ranks, is another loss than the mean over the batch
         (10 % off on ragged data). Sums add up; they are divided once, before clipping, by the count of all
         micro-batches and ranks of the optimizer step.
+
+        Args:
+            loss_sum: a scalar.
+            count: what it is a sum over.
+            measures: other sums with their counts; the optimizer step's mean is logged as `train/NAME`.
         """
-        self._loss_sum = self._loss_sum + loss_sum.detach()
-        self._loss_count += count
-        # Lightning divides by this; the sum is to stay a sum.
-        return loss_sum * self.trainer.accumulate_grad_batches
+        for name, (total, number) in {"loss": (loss_sum, count), **measures}.items():
+            before, already = self._sums.get(name, (0.0, 0))
+            self._sums[name] = before + total.detach(), already + number
+        return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradient of the summed loss by the count over all micro-batches and ranks."""
         if not self.automatic_optimization:
             return
-        totals = self.sum_over_ranks([self._loss_sum, self._loss_count])
+        numbers = self.sum_over_ranks([number for pair in self._sums.values() for number in pair])
+        sums = dict(zip(self._sums, numbers.reshape(-1, 2), strict=True))
         # Distributed strategies average gradients over ranks: undo that too.
-        scale = self.trainer.world_size / float(totals[1])
+        scale = self.trainer.world_size / float(sums["loss"][1])
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
-        self.log("train/loss", totals[0] / totals[1], prog_bar=True)
-        self._loss_sum, self._loss_count = 0.0, 0.0
+        for name, (total, count) in sums.items():
+            self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))
+        self._sums = {}
 
     def configure_gradient_clipping(
         self,

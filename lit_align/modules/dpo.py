@@ -96,18 +96,20 @@ class DPOModule(ReferencedModule):
             total = total + self.nll_coef * (pairs.weight_P * nll_loss(logps)).sum()
         return total
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Loss per prompt."""
+    def micro_step(self, batch: PreferenceBatch) -> Tensor:
+        """Loss per prompt, and its pairs' mean implicit rewards."""
         pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
         logps, log_ratio_Q = self.pair_logps(batch, pairs)
         compared = logps.per_token() if self.loss_name in PER_TOKEN else logps
         better_P, worse_P = implicit_rewards(compared, self.beta)
-        count = batch.packed.num_examples
-        self.log("train/chosen_reward", better_P.mean(), batch_size=count)
-        self.log("train/rejected_reward", worse_P.mean(), batch_size=count)
-        self.log("train/accuracy", (better_P > worse_P).float().mean(), batch_size=count, prog_bar=True)
         self._log_ratios.append(log_ratio_Q.detach())
-        return self.accumulate(self.loss_sum(batch, pairs, logps, log_ratio_Q), count)
+        return self.accumulate(
+            self.loss_sum(batch, pairs, logps, log_ratio_Q),
+            batch.packed.num_examples,
+            chosen_reward=(better_P.sum(), better_P.numel()),
+            rejected_reward=(worse_P.sum(), worse_P.numel()),
+            accuracy=((better_P > worse_P).sum(), better_P.numel()),
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The exact normaliser; and KTO's reference point for the next step."""

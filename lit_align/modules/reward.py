@@ -92,9 +92,13 @@ class RewardModule(AlignModule):
         loss_P = bradley_terry_loss(better_P, worse_P, margin_P, self.label_smoothing, self.centering)
         return (pairs.weight_P * loss_P).sum()
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Loss per prompt."""
-        return self.accumulate(self.loss_sum(self.scorer(batch.packed), batch), batch.packed.num_examples)
+    def micro_step(self, batch: PreferenceBatch) -> Tensor:
+        """Loss per prompt, and the share of its pairs that is right."""
+        score_Q = self.scorer(batch.packed)
+        pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
+        right_P = score_Q[pairs.better_P] > score_Q[pairs.worse_P]
+        accuracy = right_P.sum(), right_P.numel()
+        return self.accumulate(self.loss_sum(score_Q, batch), batch.packed.num_examples, accuracy=accuracy)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Loss, accuracy on pairs, and beside it that of a model which only counts tokens and likes few."""

@@ -27,7 +27,7 @@ class SFTModule(PolicyModule):
         super().__init__(network, **options)
         self.loss = MeanMetric()
 
-    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+    def micro_step(self, batch: PackedBatch) -> Tensor:
         """Negative log-likelihood of the scored tokens."""
         return self.accumulate(*sft_loss(self.policy(batch).logps_S))
 

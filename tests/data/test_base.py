@@ -91,8 +91,9 @@ def test_ranks_share_a_global_batch(prompts, world: int) -> None:
         data.trainer = SimpleNamespace(world_size=world, global_rank=rank)
         parts.append(epoch(data))
         assert len(parts[rank]) == 2
-    # However many processes, the same examples make one optimizer step, in the same order.
-    assert [[n for part in together for n in part] for together in zip(*parts, strict=True)] == epoch(alone)
+    # However many processes, the same examples make one optimizer step.
+    together = [sorted(n for part in batch for n in part) for batch in zip(*parts, strict=True)]
+    assert together == [sorted(batch) for batch in epoch(alone)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 7, 12, 13])
@@ -332,3 +333,45 @@ def test_a_long_stream_is_not_held_in_memory(prompts, tmp_path: Path) -> None:
     data.prepare_data()
     assert events[:4] == [0, "0", 1, "1"]
     assert events[-1] > 50_000  # bytes of the first two thousand
+
+
+def demos(write, tokenizer_folder: str, **options) -> InstructionDataModule:
+    rows = [{"prompt": "a", "completion": "b" * n} for n in (1, 9, 3, 7, 5, 2, 8, 4)]
+    return InstructionDataModule(
+        tokenizer_folder, [Source(write("demos.jsonl", rows))], **{"val_fraction": 0.0, "batch_size": 8, **options}
+    )
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_micro_batches_hold_the_batch_within_their_budget(write, tokenizer_folder: str, share_prefix: bool) -> None:
+    options = {"share_prefix": share_prefix}
+    (whole,) = ready(demos(write, tokenizer_folder, **options)).train_dataloader()
+    longest = int((whole.tree_RN == whole.tree_RN.mode().values[:, None]).sum(1).max())
+    (parts,) = ready(demos(write, tokenizer_folder, micro_batch_tokens=longest + 4, **options)).train_dataloader()
+    assert isinstance(parts, list)
+    assert len(parts) > 2
+    assert all((part.tree_RN >= 0).sum() <= longest + 4 for part in parts)
+    assert sum(part.num_examples for part in parts) == whole.num_examples == 8
+    assert torch.cat([part.target_S for part in parts]).sort().values.equal(whole.target_S.sort().values)
+    # As few as best-fit-decreasing finds, and not one for each.
+    (fewer,) = ready(demos(write, tokenizer_folder, micro_batch_tokens=10_000, **options)).train_dataloader()
+    assert len(fewer) == 1
+
+
+def test_an_example_above_the_budget_is_named_before_training(write, tokenizer_folder: str) -> None:
+    data = demos(write, tokenizer_folder, micro_batch_tokens=6)
+    data.prepare_data()
+    with pytest.raises(
+        ValueError, match=r"demos.jsonl: the example that begins '.*' has \d+ tokens.*micro_batch_tokens \(6\)"
+    ):
+        data.setup("fit")
+
+
+def test_ranks_get_as_many_tokens_each(write, tokenizer_folder: str) -> None:
+    tokens = []
+    for rank in range(2):
+        data = demos(write, tokenizer_folder, batch_size=4)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        (batch,) = ready(data).train_dataloader()
+        tokens.append(int((batch.tree_RN >= 0).sum()))
+    assert abs(tokens[0] - tokens[1]) <= 1

@@ -123,6 +123,14 @@ def test_text_of_ppo_ptx_follows_the_position_of_the_prompts(write, tokenizer_fo
     assert seen(again.train_dataloader()) == whole[4:]
 
 
+def test_prompts_have_no_micro_batches(write, tokenizer_folder: str) -> None:
+    source = Source(write("x.jsonl", [{"prompt": "a"}]))
+    ptx = InstructionDataModule(tokenizer_folder, [source], micro_batch_tokens=9)
+    for options in ({"micro_batch_tokens": 9}, {"ptx": ptx}):
+        with pytest.raises(ValueError, match=r"micro_batch_tokens is not for prompts.*set model.micro_batch_size"):
+            PromptDataModule(tokenizer_folder, [source], **options)
+
+
 def test_ppo_ptx_without_text_is_an_error_at_once(write, tokenizer_folder: str) -> None:
     prompts = Source(write("p.jsonl", [{"prompt": "p"}]))
     bad = Source(write("t.jsonl", [{"text": ""}]))

@@ -65,6 +65,12 @@ def test_items_come_back_as_they_were(source: Source, tmp_path: Path) -> None:
         assert stored.tally == {"rows": 5, "odd": 2, "examples": 5}
 
 
+def test_lengths_are_those_of_the_examples(source: Source, tmp_path: Path) -> None:
+    stored = build(source, Encode(), "", "error", tmp_path / "cache")
+    assert stored.lengths() == [item.example.num_tokens for item in expected()] == [2, 3, 5, 8, 12]
+    assert stored.lengths(share_prefix=False) == [2, 3, 2 * 2 + 3, 3 * 2 + 6, 4 * 2 + 10]
+
+
 def test_a_row_of_python_objects_is_kept_as_json(write, tmp_path: Path) -> None:
     raw = [{**RAW[1], "when": None, "deep": {"a": [1, {"b": True}]}, "path": "\\n"}]
     assert kept(build(Source(path=write("y.jsonl", raw)), Encode(), "", "error", None))[0].row == raw[0]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_align.functional.attention import tree_mask
-from lit_align.functional.packing import best_fit_decreasing, pack, unpack, unshare
+from lit_align.functional.packing import balance, best_fit_decreasing, pack, unpack, unshare
 from lit_align.types import Example, PackedBatch, Segment
 
 LAYOUTS = st.fixed_dictionaries(
@@ -115,6 +115,29 @@ def test_best_fit_decreasing_loses_nothing_and_never_overfills(lengths: list[int
 def test_an_item_longer_than_a_bin_is_an_error() -> None:
     with pytest.raises(ValueError, match="item 1 has length 11, above the capacity of 10"):
         best_fit_decreasing([10, 11], 10)
+
+
+# Kills: shortest first; the fullest part; counts left open; parts left unsorted.
+def test_balance_by_hand() -> None:
+    # 9 | 8, then 5 to the 8, 2 to the 9, and 1 to the 11 that this makes, as 13 is more. It is full; so 1 to the 13.
+    assert balance([1, 9, 5, 8, 1, 2], 2) == [[0, 1, 5], [2, 3, 4]]
+    assert balance([3, 1, 2], 1) == [[0, 1, 2]]
+    # By length alone the last part would get all the short ones.
+    assert [len(share) for share in balance([100, 1, 1, 1, 1, 1], 2)] == [3, 3]
+    with pytest.raises(ValueError, match="3 items cannot be shared out equally to 2 parts"):
+        balance([1, 2, 3], 2)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=24), st.integers(1, 6))
+def test_balance_shares_everything_out_evenly(lengths: list[int], parts: int) -> None:
+    lengths = lengths * parts
+    shares = balance(lengths, parts)
+    assert sorted(item for share in shares for item in share) == list(range(len(lengths)))
+    assert {len(share) for share in shares} == {len(lengths) // parts}
+    sums = [sum(lengths[item] for item in share) for share in shares]
+    # Whatever is shared out last, or for want of room, is no longer than the longest.
+    assert max(sums) - min(sums) <= max(lengths) * max(len(lengths) // parts, 1)
 
 
 # Kills: source without - 1; source + 1; first token of a branch predicted by its left neighbour in the row; branch

@@ -433,7 +433,7 @@ def test_reference_point_of_kto(folders: tuple[Network, Network], tmp_path: Path
     # Another rank, as large, whose log-ratios are twice as large.
     both = kto(folders)
     alone = both.sum_over_ranks
-    both.sum_over_ranks = lambda values: alone(values) * torch.tensor([3.0, 2.0])  # type: ignore[method-assign]
+    both.sum_over_ranks = lambda values: (alone(values).reshape(-1, 2) * torch.tensor([3.0, 2.0])).flatten()  # type: ignore[method-assign]
     assert_close(steps_of(both, 2, max_steps=1).reference_point, 1.5 * expected, rtol=1e-10, atol=1e-10)
 
     # Below the reference on average: no KL divergence is negative.

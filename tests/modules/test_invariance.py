@@ -54,6 +54,9 @@ def variants(method: str) -> dict[str, dict]:
         "whole": {"batch_size": 8},
         "one by one": {"batch_size": 1, "accumulate": 8},
         "two by two": {"batch_size": 2, "accumulate": 4},
+        "by tokens": {"batch_size": 8, "micro_batch_tokens": 120},
+        "by tokens, accumulated": {"batch_size": 4, "accumulate": 2, "micro_batch_tokens": 120},
+        "by tokens, unshared": {"batch_size": 8, "micro_batch_tokens": 200, **UNSHARED},
         "unpacked": {"batch_size": 8, **UNPACKED},
         "unshared": {"batch_size": 8, **UNSHARED},
         "padded": {"batch_size": 8, **PADDED},
@@ -92,7 +95,10 @@ def test_a_reference_that_is_computed_once_is_the_live_one(place: Callable[[str]
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_are_one(method: str, place: Callable[[str], tuple[str, Path]], tmp_path: Path) -> None:
     folder, rows = place("llama")
-    options = {"batch_size": 4, **({"micro_batch_size": 4} if method.startswith("ppo") else {})}
+    options = {
+        "batch_size": 4,
+        **({"micro_batch_size": 4} if method.startswith("ppo") else {"micro_batch_tokens": 120}),
+    }
     out = tmp_path / "two.pt"
     command = [sys.executable, support.runs.__file__, method, folder, str(rows), str(out), json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}

@@ -246,8 +246,8 @@ def test_the_wrong_kind_of_data_is_named(place: Path) -> None:
 def test_overfitting_on_a_batch_sees_one_batch(place: Path) -> None:
     seen = []
     module = SFTModule(network(place), optimizer=adam())
-    step = module.training_step
-    module.training_step = lambda batch, batch_idx: seen.append(batch.tokens_RN.sum().item()) or step(batch, batch_idx)
+    step = module.micro_step
+    module.micro_step = lambda batch: seen.append(batch.tokens_RN.sum().item()) or step(batch)
     trainer(overfit_batches=1, max_epochs=3).fit(module, demos(place, val_fraction=0.0))
     assert len(seen) == 3
     assert len(set(seen)) == 1
