@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "k3+"]
 
 
 def exact_kl(logps_SV: Tensor, reference_SV: Tensor) -> Tensor:
@@ -28,12 +28,14 @@ def estimate_kl(logps_S: Tensor, reference_S: Tensor, estimator: KLEstimator = "
 
     With r = q / p: k1 = -log r is unbiased and can be negative; k2 = (log r)^2 / 2 is biased and never negative;
     k3 = r - 1 - log r is unbiased and never negative. As a *loss* they differ again: the expected gradient of k1 is 0,
-    that of k2 is the gradient of the KL, that of k3 is the gradient of the reverse one, KL(q || p).
+    that of k2 is the gradient of the KL, that of k3 is the gradient of the reverse one, KL(q || p). k3+ is k3 with the
+    gradient of k2. All of that is of one token given those before it: as a loss, a token pays for its own KL and not
+    for the KL of what it leads to, so the optimum is not that of KL in the reward.
 
     Args:
         logps_S: log p of the sampled tokens. Shape (S,).
         reference_S: log q of the same tokens. Shape (S,).
-        estimator: k1, k2 or k3.
+        estimator: k1, k2, k3 or k3+.
 
     Returns:
         Shape (S,).
@@ -41,17 +43,22 @@ def estimate_kl(logps_S: Tensor, reference_S: Tensor, estimator: KLEstimator = "
     Raises:
         ValueError: unknown estimator.
 
-    Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
+    Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html; k3 as a loss: Shao et
+    al. 2024, "DeepSeekMath", equation 4; k3+ as in verl.
     """
     log_ratio_S = reference_S - logps_S
     if estimator == "k1":
         return -log_ratio_S
     if estimator == "k2":
         return 0.5 * log_ratio_S.square()
-    if estimator == "k3":
+    if estimator in ("k3", "k3+"):
         # expm1 keeps the digits near 0, where k3 lives: exp(x) - 1 - x loses them to cancellation.
-        return log_ratio_S.expm1() - log_ratio_S
-    raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2 or k3")
+        k3_S = log_ratio_S.expm1() - log_ratio_S
+        if estimator == "k3":
+            return k3_S
+        k2_S = 0.5 * log_ratio_S.square()
+        return k3_S.detach() + (k2_S - k2_S.detach())
+    raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2, k3 or k3+")
 
 
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: int, episodes: int) -> float:

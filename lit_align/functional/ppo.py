@@ -1,28 +1,47 @@
-"""Proximal policy optimisation: the clipped losses, per token."""
+"""Proximal policy optimisation: the clipped losses, per token, and how tokens make one loss."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+LossAggregation = Literal["token", "sequence", "constant"]
 
-def ppo_policy_loss(logps_S: Tensor, old_logps_S: Tensor, advantages_S: Tensor, clip: float = 0.2) -> Tensor:
-    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)), with ratio = exp(logp - old logp).
+
+def ppo_policy_loss(
+    logps_S: Tensor,
+    old_logps_S: Tensor,
+    advantages_S: Tensor,
+    clip: float = 0.2,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+) -> Tensor:
+    """max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip_high)), with ratio = exp(logp - old logp).
 
     Args:
         logps_S: log-probabilities under the policy that is trained. Shape (S,).
         old_logps_S: log-probabilities under the policy that sampled. Shape (S,).
         advantages_S: shape (S,).
         clip: epsilon; above 0.
+        clip_high: epsilon above 1; None for `clip` on both sides. A larger one lets rare tokens grow (clip-higher).
+        dual_clip: c, above 1: where A < 0 the loss is at most -c A, so that a token whose ratio has exploded does not
+            take over the step (its gradient is then 0); None for no such limit.
 
     Returns:
         Loss of each token. Shape (S,).
 
-    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7.
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", equation 7; clip_high: Yu et al. 2025,
+    "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", section 3.1; dual_clip: Ye et al. 2020,
+    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", equation 5.
     """
     ratio_S = (logps_S - old_logps_S).exp()
-    clipped_S = ratio_S.clamp(1.0 - clip, 1.0 + clip)
-    return torch.maximum(-advantages_S * ratio_S, -advantages_S * clipped_S)
+    clipped_S = ratio_S.clamp(1.0 - clip, 1.0 + (clip if clip_high is None else clip_high))
+    loss_S = torch.maximum(-advantages_S * ratio_S, -advantages_S * clipped_S)
+    if dual_clip is None:
+        return loss_S
+    return torch.where(advantages_S < 0, torch.minimum(loss_S, -dual_clip * advantages_S), loss_S)
 
 
 def ppo_value_loss(values_S: Tensor, old_values_S: Tensor, returns_S: Tensor, clip: float | None = 0.2) -> Tensor:
@@ -46,10 +65,44 @@ def ppo_value_loss(values_S: Tensor, old_values_S: Tensor, returns_S: Tensor, cl
     return 0.5 * squared_S
 
 
-def clip_fraction(logps_S: Tensor, old_logps_S: Tensor, clip: float = 0.2) -> Tensor:
-    """Share of tokens whose ratio lies outside [1 - clip, 1 + clip]; a scalar in [0, 1]."""
-    ratio_S = (logps_S - old_logps_S).exp()
-    return ((ratio_S - 1.0).abs() > clip).to(ratio_S.dtype).mean()
+def aggregation_weights(
+    sequence_S: Tensor, num_sequences: int, aggregation: LossAggregation = "token", length: int = 1
+) -> tuple[Tensor, int]:
+    """How much each token counts: the loss is the weighted sum over all tokens of an optimizer step, over all counts.
+
+    Args:
+        sequence_S: sequence of each token, ascending. Shape (S,).
+        num_sequences: Q.
+        aggregation: token, the mean over all tokens, gives a long answer more weight (PPO, DAPO); sequence, the mean
+            over sequences of their own means, makes a token of a long answer count less (GRPO); constant, the sum over
+            a sequence's tokens divided by `length`, averaged over sequences, is the policy gradient itself up to a
+            constant (Dr. GRPO).
+        length: of constant; the longest answer there can be, say.
+
+    Returns:
+        Weights of shape (S,) and the count that is to divide their sum: S for token, otherwise Q.
+
+    Raises:
+        ValueError: unknown aggregation.
+
+    Source: DAPO, equation 12 (token); Shao et al. 2024, "DeepSeekMath", equation 3 (sequence); Liu et al. 2025,
+    "Understanding R1-Zero-Like Training", section 3.2 (constant).
+    """
+    ones_S = torch.ones(sequence_S.shape, device=sequence_S.device)
+    if aggregation == "token":
+        return ones_S, sequence_S.numel()
+    if aggregation == "sequence":
+        return ones_S / torch.bincount(sequence_S, minlength=num_sequences)[sequence_S], num_sequences
+    if aggregation == "constant":
+        return ones_S / length, num_sequences
+    raise ValueError(f"unknown aggregation {aggregation!r}: choose token, sequence or constant")
+
+
+def clip_fraction(logps_S: Tensor, old_logps_S: Tensor, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
+    """Share of tokens whose ratio lies outside [1 - clip, 1 + clip_high]; a scalar in [0, 1]."""
+    excess_S = (logps_S - old_logps_S).exp() - 1.0
+    outside_S = (excess_S < -clip) | (excess_S > (clip if clip_high is None else clip_high))
+    return outside_S.to(excess_S.dtype).mean()
 
 
 def explained_variance(values_S: Tensor, returns_S: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ def test_estimators_by_hand() -> None:
     assert_close(estimate_kl(logps_S, reference_S, "k1"), double(log2, -log3))
     assert_close(estimate_kl(logps_S, reference_S, "k2"), double(0.5 * log2**2, 0.5 * log3**2))
     assert_close(estimate_kl(logps_S, reference_S, "k3"), double(0.5 - 1 + log2, 3.0 - 1 - log3))
+    assert torch.equal(estimate_kl(logps_S, reference_S, "k3+"), estimate_kl(logps_S, reference_S, "k3"))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -75,7 +76,7 @@ def test_k2_is_biased_but_agrees_to_second_order() -> None:
     assert abs(near - 1) < 0.003
 
 
-# Kills: factor 1/2 of k2; p / q for q / p in k3.
+# Kills: factor 1/2 of k2; p / q for q / p in k3; k3 not detached in k3+; the value of k3+ from k2.
 def test_expected_gradient_as_a_loss() -> None:
     logits_V, reference_V = two_distributions()
     logps_V = logits_V.log_softmax(-1)
@@ -92,6 +93,7 @@ def test_expected_gradient_as_a_loss() -> None:
     assert_close(expected("k1"), torch.zeros_like(logits_V))
     assert_close(expected("k2"), forward_V)
     assert_close(expected("k3"), reverse_V)
+    assert_close(expected("k3+"), forward_V)
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)

@@ -4,6 +4,7 @@ A mutant that a test was seen to kill is named above it.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_align.functional.ppo import clip_fraction, explained_variance, ppo_policy_loss, ppo_value_loss
+from lit_align.functional.ppo import (
+    aggregation_weights,
+    clip_fraction,
+    explained_variance,
+    ppo_policy_loss,
+    ppo_value_loss,
+)
 
 
 def double(*values: float) -> Tensor:
@@ -56,6 +63,68 @@ def test_policy_loss_is_never_below_the_unclipped_one(log_ratio: float, advantag
     assert clipped_S.item() >= -advantage * math.exp(log_ratio) - 1e-12
 
 
+# Kills: clip_high ignored; clip_high for both sides.
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.4, 2.0, -2.8, -2.8),  # beyond the lower epsilon and within the upper one: still pushed
+        (1.7, 2.0, -3.0, 0.0),  # -2 * 1.5
+        (0.7, -2.0, 1.6, 0.0),  # the lower side stays: 2 * 0.8
+    ],
+)
+def test_policy_loss_with_a_higher_upper_clip(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    logps_S = double(math.log(ratio)).requires_grad_()
+    loss_S = ppo_policy_loss(logps_S, double(0.0), double(advantage), clip=0.2, clip_high=0.5)
+    assert_close(loss_S, double(loss))
+    (gradient_S,) = torch.autograd.grad(loss_S.sum(), logps_S)
+    assert gradient_S.item() == (pytest.approx(slope) if slope else 0.0)
+
+
+# Kills: dual clip of positive advantages too; maximum for minimum; sign of c A.
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (5.0, -2.0, 6.0, 0.0),  # bad and far likelier: 2 * 3 and not 2 * 5, and no more pull
+        (2.0, -2.0, 4.0, 4.0),  # not as far: as without it
+        (0.5, -2.0, 1.6, 0.0),
+        (5.0, 2.0, -2.4, 0.0),  # good: as without it
+        (0.5, 2.0, -1.0, -1.0),
+    ],
+)
+def test_policy_loss_with_a_dual_clip(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    logps_S = double(math.log(ratio)).requires_grad_()
+    loss_S = ppo_policy_loss(logps_S, double(0.0), double(advantage), clip=0.2, dual_clip=3.0)
+    assert_close(loss_S, double(loss))
+    (gradient_S,) = torch.autograd.grad(loss_S.sum(), logps_S)
+    assert gradient_S.item() == (pytest.approx(slope) if slope else 0.0)
+
+
+# Kills: count of sequences for token, of tokens for sequence; length of the batch's longest for the constant.
+def test_aggregation_by_hand() -> None:
+    losses_S = double(1.0, 2.0, 3.0, 10.0)  # a sequence of three tokens of mean 2, and one of one token
+    sequence_S = torch.tensor([0, 0, 0, 1])
+
+    def loss(*options: Any) -> float:
+        weights_S, count = aggregation_weights(sequence_S, 2, *options)
+        return ((weights_S.double() * losses_S).sum() / count).item()
+
+    assert loss() == loss("token") == 16 / 4
+    assert loss("sequence") == pytest.approx((2 + 10) / 2)
+    assert loss("constant", 8) == pytest.approx((6 / 8 + 10 / 8) / 2)
+
+
+def test_aggregations_agree_where_answers_are_equally_long() -> None:
+    sequence_S = torch.arange(3).repeat_interleave(4)
+    for aggregation, length in (("token", 1), ("sequence", 1), ("constant", 4)):
+        weights_S, count = aggregation_weights(sequence_S, 3, aggregation, length)
+        assert torch.equal(weights_S / count, torch.full((12,), 1 / 12))
+
+
+def test_unknown_aggregation_is_an_error() -> None:
+    with pytest.raises(ValueError, match="prompt"):
+        aggregation_weights(torch.zeros(1, dtype=torch.long), 1, "prompt")  # type: ignore[arg-type]
+
+
 # Kills: factor 1/2; sign of the change; clip around the return instead of the old value; minimum for maximum.
 @pytest.mark.parametrize(
     ("value", "old", "target", "loss", "slope"),
@@ -90,6 +159,8 @@ def test_clip_fraction_counts_both_sides() -> None:
     assert clip_fraction(ratio_S.log(), torch.zeros_like(ratio_S), clip=0.2) == 0.5
     assert clip_fraction(ratio_S.log() - 2.0, torch.full_like(ratio_S, -2.0), clip=0.5) == 0.25
     assert clip_fraction(ratio_S, ratio_S) == 0.0
+    # 1.25 is within an upper epsilon of 0.3; the lower side stays.
+    assert clip_fraction(ratio_S.log(), torch.zeros_like(ratio_S), clip=0.2, clip_high=0.3) == 0.375
 
 
 # Kills: variance of the value for that of the residual; mean squared error for variance; 1 - dropped.
