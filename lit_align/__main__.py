@@ -10,7 +10,7 @@ def entry() -> int:
 
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("LIT_ALIGN_DEBUG"):
             raise
         print(f"lit-align: {error}", file=sys.stderr)

@@ -11,10 +11,12 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_align.modules.memory import MIB, memory_budget, memory_for, peak_memory
 from lit_align.modules.schedule import Schedule
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
 
@@ -53,6 +55,7 @@ class AlignModule(LightningModule):
         self.strict_loading = False
         self._sums: dict[str, tuple[Any, int]] = {}
         self._rng: dict[str, Any] | None = None
+        self._work = "a micro-batch"
 
     # What it can work with.
 
@@ -143,9 +146,22 @@ class AlignModule(LightningModule):
         *first, last = batch if isinstance(batch, list) else [batch]
         for micro_batch in first:
             # DDP expects no gradients before its forward has ended, and leaves these where they are.
-            self.trainer.strategy.backward(self.micro_step(micro_batch), None)
+            self.trainer.strategy.backward(self._forward_of(micro_batch), None)
         # Lightning divides by this; the sum is to stay a sum.
-        return self.micro_step(last) * self.trainer.accumulate_grad_batches
+        return self._forward_of(last) * self.trainer.accumulate_grad_batches
+
+    def _forward_of(self, batch: Any) -> Tensor:
+        tokens = getattr(batch, "packed", batch).tokens_RN.shape
+        self._work = f"a micro-batch of {tokens.numel():,} tokens in {tokens[0]} rows"
+        with memory_for(f"the forward of {self._work}", self.memory_option):
+            return self.micro_step(batch)
+
+    memory_option = "data.micro_batch_tokens (or data.batch_size, accumulating over more batches)"
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, which says what it was at should there be no memory left."""
+        with memory_for(f"the backward of {self._work}", self.memory_option):
+            super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, and only now forget the gradients."""
@@ -269,12 +285,20 @@ class AlignModule(LightningModule):
         self._rng = checkpoint.get("rng")
 
     def on_train_start(self) -> None:
-        """Continue the random sequence of the checkpoint: only now has everything drawn that draws at start-up."""
+        """Say what will be held in memory; and continue the random sequence of the checkpoint, if there is one."""
+        roles = memory_budget(self, self.trainer.optimizers)
+        total = sum(role.weights + role.training for role in roles) / MIB
+        rank_zero_info(f"memory: {'; '.join(map(str, roles))}; {total:,.0f} MiB in all before activations")
+        # Only now has everything drawn that draws at start-up.
         if self._rng is not None:
             torch.set_rng_state(self._rng["cpu"].cpu())
             if "cuda" in self._rng and self.device.type == "cuda":
                 torch.cuda.set_rng_state(self._rng["cuda"].cpu(), self.device)
             self._rng = None
+
+    def on_train_end(self) -> None:
+        """Say what was held."""
+        rank_zero_info(f"peak memory: {peak_memory(self.device) / MIB:,.0f} MiB")
 
 
 def _trains(module: nn.Module) -> bool:

@@ -1,0 +1,103 @@
+"""What training will hold in memory, what it held, and what to lower when it does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+MIB = 2**20
+
+
+class OutOfMemory(MemoryError):
+    """There was not enough of it; the message says where, for how much work, and which option to lower."""
+
+
+class RoleMemory(NamedTuple):
+    """What a role (policy, reference, value, reward) holds before any activation, in bytes.
+
+    Attributes:
+        role: name of the module's child.
+        parameters: how many; those of an earlier role, shared with it, are not counted again.
+        trained: how many of them are trained.
+        weights: bytes of all of them.
+        training: bytes of the gradients and of the optimizer's state.
+    """
+
+    role: str
+    parameters: int
+    trained: int
+    weights: int
+    training: int
+
+    def __str__(self) -> str:
+        trains = (
+            f" + {self.training / MIB:,.0f} for training {self.trained / 1e6:,.2f} M" if self.trained else ", frozen"
+        )
+        return f"{self.role} {self.parameters / 1e6:,.2f} M parameters, {self.weights / MIB:,.0f} MiB{trains}"
+
+
+def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[RoleMemory]:
+    """What each role of a module holds while it is trained.
+
+    Args:
+        module: its children are the roles.
+        optimizers: of the Adam family's the state is two numbers a parameter, of others none is assumed.
+    """
+    states = {
+        id(parameter): 2 if "adam" in type(optimizer).__name__.lower() else 0
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    seen: set[int] = set()
+    roles = []
+    for role, child in module.named_children():
+        own = [parameter for parameter in child.parameters() if id(parameter) not in seen]
+        seen |= {id(parameter) for parameter in own}
+        if own:
+            trained = [parameter for parameter in own if parameter.requires_grad]
+            training = sum(_bytes(parameter) * (1 + states.get(id(parameter), 0)) for parameter in trained)
+            counts = sum(p.numel() for p in own), sum(p.numel() for p in trained)
+            roles.append(RoleMemory(role, *counts, sum(map(_bytes, own)), training))
+    return roles
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.element_size()
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most that was held at once, in bytes: allocated on a GPU, otherwise resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes, but on macOS, where they are bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@contextlib.contextmanager
+def memory_for(doing: str, lower: str) -> Iterator[None]:
+    """Say of an allocation that fails what it was for.
+
+    Args:
+        doing: phase and amount of work, as in "the backward of a micro-batch of 8,192 tokens".
+        lower: the option to lower.
+
+    Raises:
+        OutOfMemory: in place of torch's error.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # On a CPU torch has no type for it.
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+            if isinstance(error, OutOfMemory):
+                raise
+            raise OutOfMemory(f"out of memory in {doing}: lower {lower} ({str(error).splitlines()[0]})") from error
+        raise
