@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import re
 import sys
@@ -34,6 +33,7 @@ from lit_align.callbacks import (
 )
 from lit_align.commands import COMMANDS
 from lit_align.config_error import ConfigError, explain
+from lit_align.sweep import config_files
 
 
 class FullNamesParser(LightningArgumentParser):
@@ -141,7 +141,8 @@ USAGE = """usage: lit-align COMMAND [options]
                                  --print_config; `lit-align fit --help` lists them, `--model.help PPOModule` explains
   demo                           the embedded world end to end: SFT, reward model, PPO and DPO, with a report
   pipeline FILE                  the stages of a file, in order, resumable
-  report FOLDER                  the page of a pipeline's run
+  sweep FILE                     the points of a W&B sweep file, one after another, resumable
+  report FOLDER                  the page of a pipeline's or a sweep's run
 
 `COMMAND --help` says more. Errors are one line; set LIT_ALIGN_DEBUG=1 for the traceback.
 """
@@ -167,19 +168,10 @@ def main(args: list[str] | None = None) -> Any:
         return COMMANDS[args[0]](args[1:])
     if args[0] not in AlignCLI.subcommands():
         raise ConfigError(f"unknown command {args[0]!r}: choose {', '.join([*AlignCLI.subcommands(), *COMMANDS])}")
-    for file in _config_files(args):
+    for file in filter(Path.is_file, config_files(args)):
         _check_syntax(file)
     with _quiet_start(), _own_wandb_run():
         return _lightning(args)
-
-
-def _config_files(args: list[str]) -> Iterator[Path]:
-    """What follows `-c`, in the three ways of writing it, where it is a file."""
-    for flag, value in itertools.pairwise([*args, ""]):
-        joined = re.fullmatch(r"(?:--config=|-c)(.+)", flag)
-        name = joined[1] if joined else value if flag in ("-c", "--config") else ""
-        if name and Path(name).is_file():
-            yield Path(name)
 
 
 def _check_syntax(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands that are not LightningCLI's: pipeline, demo, report."""
+"""The commands that are not LightningCLI's: pipeline, demo, sweep, report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 import lit_align
 from lit_align.config_error import ConfigError, explain
 from lit_align.pipeline import Pipeline, Step
+from lit_align.sweep import Sweep, table
 
 
 def experiments() -> Path:
@@ -53,8 +54,24 @@ def demo(args: list[str]) -> dict[str, float]:
     return _run(told, experiments() / "sandbox" / "pipeline.yaml")
 
 
+def sweep(args: list[str]) -> dict[str, Any]:
+    """Run the points of a W&B sweep file here, one after another; go on where an earlier run stopped."""
+    parser = _Parser(prog="lit-align sweep", description=sweep.__doc__, allow_abbrev=False)
+    parser.add_argument("file", help="sweep YAML: method grid or random")
+    parser.add_argument("--out", help="output folder; runs/sweeps/NAME without it")
+    parser.add_argument("--count", type=int, help="points to run; the file's run_cap without it")
+    told = parser.parse_args(args)
+    from lit_align.cli import main  # cli imports this module
+
+    run = Sweep(told.file, told.out, told.count)
+    result = run.run(main)
+    page = _report(run.out)
+    print(f"{table(result)}\nfigures in {run.out / 'sweep.json'}, page in {page}")
+    return result
+
+
 def report(args: list[str]) -> Path:
-    """Write report.html for the folder of a pipeline's run."""
+    """Write report.html for the folder of a pipeline's run, or of a sweep's."""
     parser = _Parser(prog="lit-align report", description=report.__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="folder of a run")
     told = parser.parse_args(args)
@@ -117,4 +134,9 @@ def _report(folder: Path) -> Path:
     return write_report(folder)
 
 
-COMMANDS: dict[str, Callable[[list[str]], Any]] = {"demo": demo, "pipeline": pipeline, "report": report}
+COMMANDS: dict[str, Callable[[list[str]], Any]] = {
+    "demo": demo,
+    "pipeline": pipeline,
+    "sweep": sweep,
+    "report": report,
+}

@@ -85,7 +85,7 @@ class Pipeline:
         overrides: Mapping[str, Any] | None = None,
     ) -> None:
         self.file = Path(file)
-        content = _load(self.file)
+        content = load_yaml(self.file)
         unknown = set(content) - {"root", "stages", "quick"}
         fits = isinstance(content.get("root"), str) and isinstance(content.get("stages"), dict)
         if unknown or not fits:
@@ -117,7 +117,7 @@ class Pipeline:
                 f"{self.file}: stage {name!r} must be one of {', '.join(KINDS)} with the name of a YAML file"
             )
         ((kind, file),) = given
-        config = _load(self.file.parent / file)
+        config = load_yaml(self.file.parent / file)
         if kind == "call":
             config.setdefault("init_args", {})
         else:
@@ -173,17 +173,17 @@ class Pipeline:
         for number, stage in enumerate(self.stages, start=1):
             keys[stage.name] = key = self._key(stage, keys)
             folder = self.out / stage.name
-            done = _read(folder / DONE)
+            done = read_json(folder / DONE)
             heading = f"[{number}/{len(self.stages)}] {stage.name}"
             if done.get("key") == key:
                 say(f"{heading}: done before, in {done['seconds']:.0f} s")
                 continue
-            if done or ((folder / "stage.json").exists() and _read(folder / "stage.json").get("key") != key):
-                aside = _set_aside(folder)
+            if done or ((folder / "stage.json").exists() and read_json(folder / "stage.json").get("key") != key):
+                aside = set_aside(folder)
                 say(f"{heading}: its configuration has changed; the earlier one is kept in {aside}")
             say(f"{heading} ...")
             self._run_stage(stage, folder, key, command, step)
-            done = _read(folder / DONE)
+            done = read_json(folder / DONE)
             say(f"{heading}: {done['seconds']:.0f} s")
         summary = self.summary()
         summary["seconds"] = round(sum(v for k, v in summary.items() if k.endswith("/seconds")), 1)
@@ -194,8 +194,8 @@ class Pipeline:
 
     def _run_stage(self, stage: Stage, folder: Path, key: str, command: RunCommand, step: RunStep) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        before = _read(folder / "stage.json").get("seconds", 0.0)
-        _write(folder / "stage.json", {"key": key, "seconds": before})
+        before = read_json(folder / "stage.json").get("seconds", 0.0)
+        write_json(folder / "stage.json", {"key": key, "seconds": before})
         file = folder / "stage.yaml"
         file.write_text(yaml.safe_dump(self._moved(stage.config), sort_keys=False))
         started = time.monotonic()
@@ -213,15 +213,15 @@ class Pipeline:
         finally:
             # The time of an interrupted attempt counts.
             seconds = before + time.monotonic() - started
-            _write(folder / "stage.json", {"key": key, "seconds": seconds})
-        _write(folder / DONE, {"key": key, "seconds": round(seconds, 1), "figures": figures})
+            write_json(folder / "stage.json", {"key": key, "seconds": seconds})
+        write_json(folder / DONE, {"key": key, "seconds": round(seconds, 1), "figures": figures})
 
     def summary(self) -> dict[str, float]:
         """Figures of all stages: what steps returned, what fits validated last, and seconds."""
         summary: dict[str, float] = {}
         for stage in self.stages:
             folder = self.out / stage.name
-            done = _read(folder / DONE)
+            done = read_json(folder / DONE)
             if not done:
                 continue
             summary |= {name if "/" in name else f"{stage.name}/{name}": v for name, v in done["figures"].items()}
@@ -243,16 +243,26 @@ class Pipeline:
 
 def last_validation(metrics: Path) -> dict[str, float]:
     """The last value of each validation metric of a run, without the `val/`."""
+    return {name[4:]: value for name, value in last_values(metrics).items() if name.startswith("val/")}
+
+
+def last_values(metrics: Path) -> dict[str, float]:
+    """The last value of each metric of a run."""
     if not metrics.exists():
         return {}
     values: dict[str, float] = {}
     with metrics.open(newline="") as file:
         for row in csv.DictReader(file):
-            values |= {name[4:]: float(v) for name, v in row.items() if name.startswith("val/") and v}
+            values |= {name: float(value) for name, value in row.items() if value}
     return values
 
 
-def _load(file: Path) -> dict[str, Any]:
+def load_yaml(file: Path) -> dict[str, Any]:
+    """The mapping that a file holds.
+
+    Raises:
+        ValueError: it holds something else, or cannot be read; names the file.
+    """
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -285,17 +295,21 @@ def _set(config: dict[str, Any], dotted: str, value: Any, what: str) -> None:
     here[place(here, last)] = value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote; empty without the file."""
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write, whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content))
     partial.replace(path)
 
 
-def _set_aside(folder: Path) -> Path:
+def set_aside(folder: Path) -> Path:
+    """Move a folder to a free name in `replaced` beside it."""
+
     def free() -> Iterator[Path]:
         number = 1
         while True:

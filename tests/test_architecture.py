@@ -26,8 +26,9 @@ BELOW = {
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
     "sandbox": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "config_error": set(),
-    "commands": {"config_error", "pipeline", "report", "cli"},
-    "cli": {"data", "models", "modules", "rewards", "callbacks", "commands", "config_error"},
+    "sweep": {"callbacks", "pipeline"},
+    "commands": {"config_error", "pipeline", "sweep", "report", "cli"},
+    "cli": {"data", "models", "modules", "rewards", "callbacks", "commands", "sweep", "config_error"},
     "__main__": {"cli"},
     "__init__": {"data", "models", "modules", "rewards", "rollout"},
 }

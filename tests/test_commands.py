@@ -98,7 +98,7 @@ def test_where_the_experiments_are(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_help_of_a_command(capsys: pytest.CaptureFixture) -> None:
-    for command in ("demo", "pipeline", "report"):
+    for command in ("demo", "pipeline", "sweep", "report"):
         with pytest.raises(SystemExit) as ended:
             main([command, "--help"])
         assert not ended.value.code

@@ -61,6 +61,7 @@ def content(run: RunData) -> dict[str, Any]:
     return {
         "title": f"lit_align: {run.folder.resolve().name}",
         "subtitle": _subtitle(run),
+        "sweep": _sweep(run.sweep),
         "policies": policies,
         "measures": _measures(run.summary, policies),
         "rewards": _rewards(run.summary),
@@ -86,6 +87,18 @@ def _subtitle(run: RunData) -> str:
     if run.manifest.get("commit"):
         parts.append(f"commit {run.manifest['commit'][:12]}")
     return ", ".join(parts)
+
+
+def _sweep(sweep: dict[str, Any]) -> dict[str, Any] | None:
+    """The points as a table, the best first."""
+    if not sweep:
+        return None
+    rows = []
+    for point in sweep["points"]:
+        metric = "" if point["metric"] is None else f"{point['metric']:.5g}"
+        told = [str(point["parameters"][key]) for key in sweep["names"]]
+        rows.append({"cells": [*told, metric, f"{point['seconds']:.0f}"], "note": point.get("error", ""), **point})
+    return {"heads": [*sweep["names"].values(), sweep["metric"], "seconds"], "rows": rows, **sweep}
 
 
 def _measures(summary: dict[str, float], policies: list[str]) -> list[dict[str, Any]]:
@@ -136,11 +149,15 @@ def _sections(run: RunData, policies: list[str]) -> list[dict[str, Any]]:
         "held-out prompts, with 95 % intervals.",
     )
     shares = shown(figures.behaviour(run.summary, policies, SHARES))
+    # A sweep's runs are shown together.
+    stages = {} if run.sweep else run.curves
     curves = [
-        entry for stage, metrics in run.curves.items() for entry in shown(figures.curves(stage, metrics), heading=stage)
+        entry for stage, metrics in stages.items() for entry in shown(figures.curves(stage, metrics), heading=stage)
     ]
     sections = [
-        ("Reward against KL", against),
+        ("The metric against each parameter", shown(figures.sweep_parameters(run.sweep))),
+        ("The metric on the way", shown(figures.sweep_curves(run), "The best run is in colour.")),
+        ("Reward against KL", against if not run.sweep else []),
         ("Behaviour on held-out prompts", shares),
         ("Training", curves),
         ("Where the time went", shown(figures.durations(run.summary))),
@@ -176,5 +193,10 @@ def _cell(line: dict[str, Any] | None) -> dict[str, str]:
 
 def _provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     packages = ", ".join(f"{name} {version}" for name, version in manifest.get("packages", {}).items() if version)
-    lines = [("pipeline", manifest.get("pipeline")), ("commit", manifest.get("commit")), ("packages", packages)]
+    lines = [
+        ("pipeline", manifest.get("pipeline")),
+        ("sweep", manifest.get("sweep")),
+        ("commit", manifest.get("commit")),
+        ("packages", packages),
+    ]
     return [(name, str(value)) for name, value in lines if value]

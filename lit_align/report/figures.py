@@ -164,3 +164,59 @@ def durations(summary: dict[str, float]) -> str | None:
         ax.spines["bottom"].set_visible(False)
         ax.margins(x=0.12)
         return _svg(figure)
+
+
+def sweep_parameters(sweep: dict[str, Any]) -> str | None:
+    """A sweep's metric against each parameter that takes more than one value."""
+    points = [point for point in sweep.get("points", []) if point["metric"] is not None]
+    shown = {key: name for key, name in sweep.get("names", {}).items() if len({_of(p, key) for p in points}) > 1}
+    if not shown:
+        return None
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    with _figure(3.1 * columns, 2.6 * rows, columns, rows) as (figure, axes):
+        for ax, (key, name) in zip(axes, shown.items(), strict=False):
+            numbers = [_as_number(point["parameters"][key]) for point in points]
+            known = [number for number in numbers if number is not None]
+            texts = len(known) < len(numbers)
+            # By name where they are no numbers, sorted, so that the page does not depend on who came first.
+            order = sorted({_of(point, key) for point in points})
+            xs = [order.index(_of(point, key)) for point in points] if texts else known
+            ax.scatter(xs, [point["metric"] for point in points], s=22, color=[ORANGE] + [BLUE] * (len(points) - 1))
+            if texts:
+                ax.set_xticks(range(len(order)), order)
+            elif min(known) > 0 and max(known) / min(known) >= 20:
+                ax.set_xscale("log")
+            ax.set_title(name)
+            ax.set_ylabel(sweep["metric"] if ax is axes[0] else "")
+        for ax in axes[len(shown) :]:
+            ax.remove()
+        return _svg(figure)
+
+
+def sweep_curves(run: RunData) -> str | None:
+    """A sweep's metric over steps, a line for each run."""
+    name = run.sweep.get("metric", "")
+    folders = [point["folder"] for point in run.sweep.get("points", []) if name in run.curves.get(point["folder"], {})]
+    if not folders:
+        return None
+    with _figure(6.4, 3.2) as (figure, (ax,)):
+        for folder in reversed(folders):  # the best on top
+            steps, values = run.curves[folder][name]
+            best = folder == folders[0]
+            ax.plot(steps, values, "o-", markersize=2.5, color=ORANGE if best else GREY, alpha=1.0 if best else 0.45)
+        ax.set_xlabel("step")
+        ax.set_ylabel(name)
+        return _svg(figure)
+
+
+def _of(point: dict[str, Any], key: str) -> str:
+    return str(point["parameters"][key])
+
+
+def _as_number(value: Any) -> float | None:
+    """Of numbers, and of texts that are some, such as YAML's 1e-5; not of true and false."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None

@@ -13,7 +13,7 @@ Curve = tuple[list[float], list[float]]  # steps, values
 
 @dataclass
 class RunData:
-    """A pipeline's folder.
+    """A pipeline's folder, or a sweep's.
 
     Attributes:
         folder: where it lies.
@@ -21,6 +21,7 @@ class RunData:
         manifest: versions, commit, seed, stages and their parents.
         curves: for each stage that trained, its metrics over steps.
         samples: answers of each policy to the same prompts, with their scores.
+        sweep: what its points differ in, and came to.
     """
 
     folder: Path
@@ -28,17 +29,19 @@ class RunData:
     manifest: dict[str, Any] = field(default_factory=dict)
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    sweep: dict[str, Any] = field(default_factory=dict)
 
 
 def read_run(folder: Path) -> RunData:
     """Read what there is.
 
     Raises:
-        ValueError: neither a pipeline's folder nor a single run's.
+        ValueError: neither a pipeline's folder nor a sweep's nor a single run's.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
     run = RunData(folder, _json(folder / "summary.json"), _json(folder / "manifest.json"))
+    run.sweep = _json(folder / "sweep.json")
     stages = [folder] if (folder / "metrics.csv").exists() else sorted(folder.glob("*/"), key=_age)
     for stage in stages:
         if (stage / "metrics.csv").exists():
