@@ -33,6 +33,7 @@ from lit_align.callbacks import (
 )
 from lit_align.commands import COMMANDS
 from lit_align.config_error import ConfigError, explain
+from lit_align.data.files import expand
 from lit_align.sweep import config_files
 
 
@@ -52,7 +53,9 @@ class AlignCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`--out`, and the checkpoint callback."""
-        parser.add_argument("--out", type=str, default="runs/run", help="Folder of the run.")
+        parser.add_argument(
+            "--out", type=str, default="runs/run", help="Folder of the run; may name environment variables."
+        )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         # One checkpoint, the latest, under two names. With save_top_k: 0 Lightning saves nothing before the end.
         newest = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
@@ -61,6 +64,7 @@ class AlignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle where the run writes, and what it always has."""
         config = self.config[self.subcommand]
+        config.out = expand(config.out)
         out = resumed_folder(config.get("ckpt_path"), Path(config.out)) if self.subcommand == "fit" else None
         if out is None:
             out = free_folder(Path(config.out))

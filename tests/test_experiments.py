@@ -19,10 +19,12 @@ from transformers import AutoModelForSequenceClassification
 from lit_align.cli import AlignCLI, main
 from lit_align.commands import experiments
 from lit_align.pipeline import Pipeline, Stage, Step
+from lit_align.sweep import Sweep
 
 FOLDER = experiments().resolve()
 YAMLS = sorted(FOLDER.rglob("*.yaml"))
 PIPELINES = [file for file in YAMLS if "stages" in yaml.safe_load(file.read_text())]
+SWEEPS = [file for file in YAMLS if file.parent.name == "sweeps"]
 
 
 def stages(quick: bool = False) -> list[Any]:
@@ -38,7 +40,7 @@ def stages(quick: bool = False) -> list[Any]:
 
 
 def test_every_file_is_reached_by_a_pipeline() -> None:
-    reached = set(PIPELINES)
+    reached = {*PIPELINES, *SWEEPS}
     for file in PIPELINES:
         told = yaml.safe_load(file.read_text())["stages"].values()
         reached |= {(file.parent / name).resolve() for stage in told for name in stage.values()}
@@ -118,6 +120,83 @@ def test_every_stage_can_be_made(
         assert command.datamodule.sources["val"] or command.datamodule.val_fraction > 0
     # The module and its data agree on whose tokens they speak.
     assert command.datamodule.tokenizer_name == command.model.network.name
+
+
+# Sweeps.
+
+
+def values(told: dict[str, Any]) -> list[Any]:
+    """The ends of what a parameter may be."""
+    return told["values"] if "values" in told else [told["min"], told["max"]]
+
+
+def test_there_is_a_sweep_of_every_method() -> None:
+    told = {file.stem: yaml.safe_load(file.read_text()) for file in SWEEPS}
+    assert set(told) == {"sft", "reward", "dpo", "ppo"}
+    assert {sweep["method"] for sweep in told.values()} == {"bayes", "random", "grid"}
+    assert all(sweep["command"][:3] == ["lit-align", "fit", "-c"] for sweep in told.values())
+    assert sum("early_terminate" in sweep for sweep in told.values()) == 3
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_the_points_of_a_sweep_can_be_made(
+    file: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = yaml.safe_load(file.read_text())
+    base = FOLDER.parent / told["command"][3]
+    assert base.name == file.name
+    (tmp_path / "base.yaml").write_text(
+        yaml.safe_dump(placed(yaml.safe_load(base.read_text()), model, "runs/sandbox"), sort_keys=False)
+    )
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AlignCLI, "_run_subcommand", lambda *_: None)
+    only("fit", monkeypatch)
+    # As many points as the parameter with the most values has.
+    for number in range(max(len(values(parameter)) for parameter in told["parameters"].values())):
+        point = {
+            key: values(parameter)[number % len(values(parameter))] for key, parameter in told["parameters"].items()
+        }
+        at = told["command"].index("${args}")
+        words = [
+            *told["command"][1:at],
+            *(f"--{key}={value}" for key, value in point.items()),
+            *told["command"][at + 1 :],
+        ]
+        words[2] = str(tmp_path / "base.yaml")
+        command = main(words)
+        for key, value in point.items():
+            assert command.config.fit[key] == value
+        assert command.config.fit.out == f"runs/sweeps/{told['name']}/abc"
+        assert type(command.trainer.logger).__name__ == "WandbLogger"
+        if file.stem == "ppo":
+            assert command.trainer.max_steps % command.model.optimizer_steps_per_batch == 0
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_a_sweep_runs_without_weights_and_biases_too(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    told = yaml.safe_load(file.read_text())
+    if told["method"] == "bayes":
+        with pytest.raises(ValueError, match="grid and random run locally"):
+            Sweep(file)
+        told["method"] = "random"
+    (tmp_path / file.name).write_text(yaml.safe_dump(told, sort_keys=False))
+    sweep = Sweep(tmp_path / file.name)
+    assert len(sweep.points) == told.get("run_cap", 12)
+    assert sweep.out == Path("runs/sweeps") / told["name"]
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_a_sweep_is_one_to_weights_and_biases(file: Path) -> None:
+    """Against the schema that its server validates with: `pip install sweeps`, which this project does not need."""
+    sweeps = pytest.importorskip("sweeps")
+    told = yaml.safe_load(file.read_text())
+    assert sweeps.schema_violations_from_proposed_config(told) == []
+    assert sweeps.schema_violations_from_proposed_config({**told, "method": "gird"})
 
 
 # The experiments on real models, on a model of their architecture and rows of their data's published layout.
