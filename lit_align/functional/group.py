@@ -5,6 +5,9 @@ Answers to one prompt stand together in `rewards_Q`, K of them: Q = E * K.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lit_align.functional.advantage import gae
@@ -102,3 +105,13 @@ def remax(rewards_S: Tensor, greedy_Q: Tensor, sequence_S: Tensor, num_sequences
     Language Models", section 4 (algorithm 1).
     """
     return returns_to_go(rewards_S, sequence_S, num_sequences, discount) - greedy_Q[sequence_S]
+
+
+# Those that compare the rewards of the answers to a prompt, by their usual names. REINFORCE++'s group form is whitened
+# afterwards, over the whole rollout.
+GROUP_ADVANTAGES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "rloo": rloo,
+    "grpo": grpo,
+    "dr_grpo": functools.partial(grpo, scale=False),
+    "reinforce++_baseline": functools.partial(grpo, scale=False),
+}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from lit_align import DPOModule, Network, PPOModule, Reward, RewardModule, Sampl
 from lit_align.data.loader import Loader
 from lit_align.functional.packing import pack
 from lit_align.modules import Cosine
+from lit_align.modules.ppo import Advantage
 from lit_align.types import Example, PackedBatch, PreferenceBatch, PromptBatch, Rollout, Segment
 
 LETTERS = 3
@@ -100,23 +101,59 @@ def test_dpo_finds_the_optimal_policy(folder: str) -> None:
 class Table(Reward):
     """The reward of each answer."""
 
+    def __init__(self, rewards: Tensor = REWARDS) -> None:
+        super().__init__()
+        self.rewards = rewards
+
     def forward(self, rollout: Rollout) -> Tensor:
-        return torch.stack([REWARDS[ANSWERS.index(tuple(c.tokens))] for c in rollout.completions]).float()
+        return torch.stack([self.rewards[ANSWERS.index(tuple(c.tokens))] for c in rollout.completions]).float()
 
 
-@pytest.mark.parametrize("estimator", ["k1"])
-def test_ppo_finds_the_optimal_policy(folder: str, estimator: str) -> None:
+def ppo(folder: str, reward: Reward, **options: Any) -> PPOModule:
     module = PPOModule(
-        Network(folder, dtype="float64"), Table(), kl_coef=BETA, kl_estimator=estimator, lambda_=1.0, epochs=2,
-        micro_batch_size=256, sampling=Sampling(max_new_tokens=2, samples=256), max_grad_norm=1.0,
-        optimizer=rate(0.01), schedule=Cosine(),
+        Network(folder, dtype="float64"), reward, kl_coef=BETA, lambda_=1.0, epochs=2, micro_batch_size=256,
+        sampling=Sampling(max_new_tokens=2, samples=256), max_grad_norm=1.0, optimizer=rate(0.01), schedule=Cosine(),
+        **options,
     )  # fmt: skip
     module.stop_ids = list  # type: ignore[method-assign] - every answer has two letters
-    batch = PromptBatch([torch.tensor(PROMPT.tokens)], [{"prompt": "?"}])
-    fit(module, Batches(batch, 80))
+    fit(module, Batches(PromptBatch([torch.tensor(PROMPT.tokens)], [{"prompt": "?"}]), 80))
+    return module
+
+
+@pytest.mark.parametrize("advantage", get_args(Advantage))
+def test_ppo_finds_the_optimal_policy(folder: str, advantage: str) -> None:
+    module = ppo(folder, Table(), advantage=advantage)
     before = distribution(module.reference)
     assert total_variation(before, optimum(before)) > 0.2
     assert total_variation(distribution(module.policy), optimum(before)) <= 0.05
+
+
+# A first letter after which one answer is far better than the others, and two where nothing depends on the second.
+UNEVEN = torch.tensor([1.5, -1.0, -1.0, 0.5, 0.5, 0.5, 0.3, 0.3, 0.3], dtype=torch.float64)
+
+
+def own_price_optimum(reference: Tensor) -> Tensor:
+    """Where each letter pays for its own KL alone: the first is chosen for the reward to come, not for its price.
+
+    The second letter is pi_ref exp(r / beta) given the first, and the first pi_ref exp(E r / beta), the mean taken over
+    the second as it is chosen; KL in the reward would have log E exp(r / beta) in its place.
+    """
+    reference_AB, rewards_AB = reference.view(LETTERS, LETTERS), UNEVEN.view(LETTERS, LETTERS)
+    prior_A = reference_AB.sum(1)
+    second_AB = reference_AB * (rewards_AB / BETA).exp()
+    second_AB = second_AB / second_AB.sum(1, keepdim=True)
+    first_A = prior_A * ((second_AB * rewards_AB).sum(1) / BETA).exp()
+    return (first_A[:, None] / first_A.sum() * second_AB).flatten()
+
+
+# Kills: k3 for k2 and for k3+; KL in the reward.
+@pytest.mark.parametrize("estimator", ["k2", "k3+"])
+def test_kl_in_the_loss_has_an_optimum_of_its_own(folder: str, estimator: str) -> None:
+    module = ppo(folder, Table(UNEVEN), advantage="rloo", kl_in="loss", kl_estimator=estimator)
+    before = distribution(module.reference)
+    in_the_reward = before * (UNEVEN / BETA).exp()
+    assert total_variation(own_price_optimum(before), in_the_reward / in_the_reward.sum()) > 0.1
+    assert total_variation(distribution(module.policy), own_price_optimum(before)) <= 0.05
 
 
 def test_reward_model_recovers_planted_scores(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,7 +27,12 @@ from lit_align import (
 )
 from lit_align.models import export, load_scorer, load_tokenizer
 from lit_align.models.scalar import ScalarModel
+from lit_align.modules import Cosine
+from lit_align.modules.ppo import Advantage
 from lit_align.types import Completion, Rollout
+
+ADVANTAGES = get_args(Advantage)
+WITHOUT_VALUE = [advantage for advantage in ADVANTAGES if advantage != "gae"]
 
 
 @pytest.fixture
@@ -63,18 +68,21 @@ class Recorder(PPOModule):
     def update(self, mini_batch: Any, ptx: Any) -> dict[str, Tensor]:
         if not hasattr(self, "seen"):
             self.seen: list[Any] = []
+            self.means: list[dict[str, Tensor]] = []
         ratios = []
         with torch.no_grad():
             for old in mini_batch:
                 scored, _ = self(old.batch)
                 ratios.append((scored.logps_S - old.logps_S).exp())
         self.seen.append((mini_batch, torch.cat(ratios)))
-        return super().update(mini_batch, ptx)
+        self.means.append(super().update(mini_batch, ptx))
+        return self.means[-1]
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_the_ratio_of_the_first_pass_is_one(place: Path, samples: int) -> None:
-    ppo = module(place, sampling=Sampling(6, samples=samples, temperature=0.7, top_p=0.9), mini_batches=2, epochs=2)
+@pytest.mark.parametrize(("samples", "advantage"), [(1, "gae"), *((3, advantage) for advantage in ADVANTAGES)])
+def test_the_ratio_of_the_first_pass_is_one(place: Path, samples: int, advantage: str) -> None:
+    sampling = Sampling(6, samples=samples, temperature=0.7, top_p=0.9)
+    ppo = module(place, sampling=sampling, mini_batches=2, epochs=2, advantage=advantage)
     ppo.__class__ = Recorder
     fit(ppo, data(place))
     first = ppo.seen[0][1]
@@ -285,3 +293,187 @@ def test_validation_repeats_its_draws_and_watches_the_monitors(place: Path) -> N
     assert trainer.validate(ppo, data(place), verbose=False) == first
     assert first[0]["val/gold"] == first[0]["val/reward"]
     assert first[0]["val/kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+# Without a value model. A mutant that a test was seen to kill is named above it.
+
+
+# Kills: a value head made for every advantage; its parameters in the optimizer.
+@pytest.mark.parametrize("advantage", WITHOUT_VALUE)
+def test_estimators_without_a_value_model_build_and_train_none(place: Path, advantage: str) -> None:
+    ppo = module(place, advantage=advantage)
+    trainer = fit(ppo, data(place))
+    assert {name.split(".")[0] for name, _ in ppo.named_parameters()} == {"policy", "reference"}
+    assert len(trainer.optimizers[0].param_groups) == 1
+    assert not {"ppo/value_loss", "ppo/explained_variance"} & set(trainer.callback_metrics)
+    before = ppo.reference.state_dict()  # the policy as it was
+    assert any(not torch.equal(weight, before[name]) for name, weight in ppo.policy.state_dict().items())
+
+
+def recorded(place: Path, **options: Any) -> tuple[Recorder, Trainer, list[Any]]:
+    """One iteration of one step, and what it was trained on; the reference is another model."""
+    tiny_folder(place / "other", seed=3)
+    ppo = module(place, epochs=1, reference=Network(str(place / "other")), **options)
+    ppo.__class__ = Recorder
+    ppo.engine = ragged
+    trainer = fit(ppo, data(place))
+    return ppo, trainer, ppo.seen[0][0]
+
+
+def ragged(policy: Any, prompts: Any, sampling: Sampling, stop_ids: Any, seed: int) -> list[list[Completion]]:
+    """Answers of one to five letters."""
+    lengths = [[1 + (3 * i + 2 * k) % 5 for k in range(sampling.samples)] for i in range(len(prompts))]
+    return [[Completion([60 + n] * n, False) for n in group] for group in lengths]
+
+
+def per_answer(old: Any, values_S: Tensor) -> Tensor:
+    return torch.zeros(old.batch.num_sequences).index_add(0, old.batch.sequence_S, values_S)
+
+
+# Kills: KL left out of the compared rewards; the KL of one token; advantages of other prompts' answers.
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr_grpo"])
+def test_answers_are_compared_with_those_to_the_same_prompt_the_price_of_kl_included(
+    place: Path, advantage: str
+) -> None:
+    reward = FunctionReward(lambda rows, texts: [float(len(text)) for text in texts])
+    options = {"sampling": Sampling(6, samples=4), "micro_batch_size": 8, "kl_coef": 0.3, "advantage": advantage}
+    ppo, _, experience = recorded(place, reward=reward, **options)
+    for old in experience:
+        texts = ppo.tokenizer.batch_decode(
+            [old.batch.target_S[old.batch.sequence_S == q].tolist() for q in range(old.batch.num_sequences)],
+            skip_special_tokens=True,
+        )
+        score_Q = torch.tensor([float(len(text.strip())) for text in texts])
+        reward_EK = (score_Q - 0.3 * per_answer(old, old.logps_S - old.reference_S)).view(-1, 4)
+        centred_EK = reward_EK - reward_EK.mean(1, keepdim=True)
+        scale = {"rloo": 4 / 3, "grpo": 1 / (reward_EK.std(1, keepdim=True) + 1e-4), "dr_grpo": 1.0}[advantage]
+        expected_Q = (centred_EK * scale).flatten()
+        assert torch.allclose(old.advantages_S, expected_Q[old.batch.sequence_S], atol=1e-5)
+
+
+# Kills: whitened by default for all; for none.
+@pytest.mark.parametrize("advantage", WITHOUT_VALUE)
+def test_reinforce_plus_plus_is_whitened_over_the_rollout_and_the_others_are_not(place: Path, advantage: str) -> None:
+    _, _, experience = recorded(place, advantage=advantage)
+    advantages_S = torch.cat([old.advantages_S for old in experience])
+    white = abs(advantages_S.var(unbiased=False).item() - 1) < 1e-4 and abs(advantages_S.mean().item()) < 1e-5
+    assert white == advantage.startswith("reinforce++")
+
+
+# Kills: the sampled answers' mean for the greedy score; sampling at the temperature of the rollout; baseline unshaped.
+def test_remax_compares_with_the_greedy_answer(place: Path) -> None:
+    tiny_folder(place / "other", seed=3)
+    ppo = module(place, FunctionReward(lambda rows, texts: [float(len(text)) for text in texts]), advantage="remax",
+                 kl_coef=0.0, epochs=1, missing_eos_penalty=10.0)  # fmt: skip
+
+    def answers(policy: Any, prompts: Any, sampling: Sampling, stop_ids: Any, seed: int) -> list[list[Completion]]:
+        if sampling.temperature == 0:
+            assert sampling.samples == 1
+            return [[Completion([60] * 5, False)] for _ in prompts]
+        return [[Completion([60, 61, 62, 2], True), Completion([60, 2], True)] for _ in prompts]
+
+    ppo.engine = answers
+    ppo.__class__ = Recorder
+    fit(ppo, data(place))
+    for old in ppo.seen[0][0]:
+        length_Q = torch.bincount(old.batch.sequence_S)
+        # Letters less those of the greedy answer, which did not stop and pays for it.
+        assert torch.equal(old.advantages_S, ((length_Q - 1) - (5.0 - 10.0))[old.batch.sequence_S])
+
+
+# Kills: the price in the reward as well; the loss left out; its sign; its coefficient.
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3+"])
+def test_kl_in_the_loss_is_not_in_the_reward_and_pulls_to_the_reference(place: Path, estimator: str) -> None:
+    constant = FunctionReward(lambda rows, texts: [1.0] * len(texts))
+    tiny_folder(place / "other", seed=3)
+    options = {"advantage": "rloo", "kl_in": "loss", "kl_estimator": estimator, "epochs": 5}
+    pulled = {}
+    for coefficient in (0.0, 1.0):
+        ppo = module(place, constant, reference=Network(str(place / "other")), kl_coef=coefficient, **options)
+        ppo.__class__ = Recorder
+        ppo.optimizer = functools.partial(torch.optim.SGD, lr=1e-4)
+        fit(ppo, data(place))
+        assert all(torch.equal(old.advantages_S, torch.zeros_like(old.advantages_S)) for old in ppo.seen[0][0])
+        pulled[coefficient] = [means["kl_loss"].item() for means in ppo.means]
+    assert len(set(pulled[0.0])) == 1
+    assert pulled[0.0][0] == pulled[1.0][0] > 0
+    assert pulled[1.0] == sorted(set(pulled[1.0]), reverse=True)
+
+
+# Kills: token for each of the others; sums not divided by their count.
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_loss_is_aggregated_as_told(place: Path, aggregation: str) -> None:
+    options = {"advantage": "reinforce++", "whiten_advantages": False, "aggregation": aggregation}
+    _, trainer, experience = recorded(place, **options)
+    sums = [(per_answer(old, -old.advantages_S), torch.bincount(old.batch.sequence_S)) for old in experience]
+    loss_Q, length_Q = (torch.cat(parts) for parts in zip(*sums, strict=True))
+    assert len(set(length_Q.tolist())) > 1
+    # At ratio 1 the loss of a token is less its advantage.
+    expected = {
+        "token": loss_Q.sum() / length_Q.sum(),
+        "sequence": (loss_Q / length_Q).mean(),
+        "constant": (loss_Q / 6).mean(),
+    }[aggregation]
+    assert trainer.callback_metrics["ppo/policy_loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# Kills: the step that finds it taken; no end to the passes; steps that are not counted; each iteration's first refused.
+def test_target_kl_ends_the_passes_of_an_iteration_and_its_steps_are_counted(place: Path) -> None:
+    weights = []
+    for epochs, target_kl in ((4, 1e-12), (1, None)):
+        ppo = module(place, epochs=epochs, target_kl=target_kl, schedule=Cosine(floor=1.0))
+        trainer = fit(ppo, data(place), max_epochs=3)
+        weights.append(ppo.policy.state_dict())
+        assert trainer.global_step == 3 * epochs
+        assert ppo.lr_schedulers().last_epoch == 3 * epochs
+        assert trainer.callback_metrics.get("ppo/steps_taken") == (1 if target_kl else None)
+    # After the first step of four the policy has moved, and the other three are not taken.
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    far = module(place, epochs=4, target_kl=1e9)
+    assert fit(far, data(place)).callback_metrics["ppo/steps_taken"] == 4
+
+
+# Kills: policy trained from the start; gradients at 0 and not absent (weight decay); warm-up without an end.
+@pytest.mark.parametrize("separate", [False, True])
+def test_the_critic_is_warmed_up_before_the_policy_moves(place: Path, separate: bool) -> None:
+    ppo = module(place, value_warmup=2, value=Network(reward_model(place)) if separate else None)
+    ppo.configure_model()
+    start = {name: weight.clone() for name, weight in ppo.state_dict().items()}
+    moved = []
+
+    def note(*_: Any) -> None:
+        now = ppo.state_dict()
+        changed = {name.split(".")[0] for name in start if not torch.equal(now[name], start[name])}
+        moved.append(changed)
+
+    ppo.on_train_batch_end = note  # type: ignore[method-assign]
+    fit(ppo, data(place), max_epochs=3)
+    assert moved == [{"value"}, {"value"}, {"value", "policy"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"advantage": "rloo", "value": Network("x")}, r"advantage rloo has no value model: unset model\.value$"),
+        ({"advantage": "remax", "value_lr": 1e-5}, r"unset model\.value_lr"),
+        ({"advantage": "grpo", "value_warmup": 1}, r"unset model\.value_warmup"),
+        ({"advantage": "a2c"}, "unknown advantage 'a2c': choose one of gae, rloo"),
+        ({"kl_in": "loss"}, r"set model\.kl_estimator to k2"),
+        ({"kl_in": "both"}, "unknown kl_in 'both'"),
+        ({"dual_clip": 1.0}, r"model\.dual_clip"),
+        *(
+            ({"advantage": advantage, "sampling": Sampling(6)}, r"set model\.sampling\.samples to at least 2")
+            for advantage in ("rloo", "grpo", "dr_grpo", "reinforce++_baseline")
+        ),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_in_one_line(place: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        module(place, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("advantage", ["reinforce++", "remax"])
+def test_estimators_that_need_one_answer_to_a_prompt_take_one(place: Path, advantage: str) -> None:
+    ppo = module(place, advantage=advantage, sampling=Sampling(6))
+    assert fit(ppo, data(place)).callback_metrics["ppo/first_ratio"] == 1

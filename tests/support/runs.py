@@ -17,7 +17,7 @@ import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
-import lit_align.modules.ppo
+import lit_align.modules.on_policy
 from lit_align import (
     DPOModule,
     FunctionReward,
@@ -36,6 +36,15 @@ from lit_align.types import Completion
 from support.tiny import norms_in_float64
 
 METHODS = ("sft", "reward", "dpo", "dpo_cached", "ppo", "ppo_separate_value")
+# Policy optimisation without a value model, every way to aggregate a loss among them.
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "ppo_rloo": {"advantage": "rloo"},
+    "ppo_grpo": {"advantage": "grpo", "kl_in": "loss", "kl_estimator": "k3", "aggregation": "sequence"},
+    "ppo_dr_grpo": {"advantage": "dr_grpo", "aggregation": "constant", "clip_high": 0.28, "dual_clip": 3.0},
+    "ppo_reinforce++": {"advantage": "reinforce++", "aggregation": "sequence"},
+    "ppo_reinforce++_baseline": {"advantage": "reinforce++_baseline", "kl_in": "loss", "kl_estimator": "k2"},
+    "ppo_remax": {"advantage": "remax"},
+}
 WORDS = "a bee sea dee eh eff gee".split()
 
 
@@ -90,7 +99,7 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
         return module, PreferenceDataModule(folder, rankings, **data)
     options = {name: data.pop(name) for name in ("micro_batch_size", "layout") if name in data}
     if "layout" in options:
-        lit_align.modules.ppo.pack = functools.partial(pack, **options.pop("layout"))
+        lit_align.modules.on_policy.pack = functools.partial(pack, **options.pop("layout"))
     module = PPOModule(
         network,
         FunctionReward(echo),
@@ -99,6 +108,7 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
         epochs=1,
         max_grad_norm=None,
         sampling=Sampling(max_new_tokens=8, samples=2),
+        **ESTIMATORS.get(method, {}),
         **options,
         **common,
     )
@@ -130,7 +140,7 @@ def one_step(
         with norms_in_float64():
             trainer.fit(module, datamodule)
     finally:
-        lit_align.modules.ppo.pack = pack
+        lit_align.modules.on_policy.pack = pack
     loss = trainer.callback_metrics["ppo/policy_loss" if method.startswith("ppo") else "train/loss"]
     return float(loss), {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 

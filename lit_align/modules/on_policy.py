@@ -1,0 +1,186 @@
+"""What a method needs that trains on its own answers: rewards, micro-batches of whole prompts, steps, evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lit_align.functional.logprobs import sum_by_sequence
+from lit_align.functional.packing import pack
+from lit_align.functional.sft import sft_loss
+from lit_align.models.network import Network
+from lit_align.modules.policy import PolicyModule
+from lit_align.rewards import Reward
+from lit_align.types import PackedBatch, PromptBatch, Rollout
+
+
+class OnPolicyModule(PolicyModule):
+    """Base of PPO: everything but the algorithm.
+
+    Args:
+        network: the policy, an SFT model.
+        reward: what to maximise: a reward model's folder, a Python function, any `Reward`.
+        monitors: rewards that are measured in validation and never trained on.
+        reference: another model than the one training starts from.
+        epochs: passes over a rollout.
+        mini_batches: optimizer steps in a pass.
+        micro_batch_size: sequences in one forward and backward.
+        max_grad_norm: gradients are scaled down to this norm; null for no limit.
+        ptx_coef: weight of the loss on the data module's `ptx` text (PPO-ptx).
+        options: those of `PolicyModule`; `sampling` is how rollouts are drawn.
+    """
+
+    batch_type = PromptBatch
+
+    def __init__(
+        self,
+        network: Network,
+        reward: Reward,
+        monitors: dict[str, Reward] | None = None,
+        reference: Network | None = None,
+        epochs: int = 4,
+        mini_batches: int = 1,
+        micro_batch_size: int = 8,
+        max_grad_norm: float | None = 1.0,
+        ptx_coef: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(network, **options)
+        self.automatic_optimization = False
+        if self.sampling.temperature == 0:
+            raise ValueError("PPO explores by sampling: set sampling.temperature above 0")
+        self.reward = reward
+        self.monitors: Any = nn.ModuleDict(monitors or {})
+        self.reference_network = reference
+        self.epochs, self.mini_batches, self.micro_batch_size = epochs, mini_batches, micro_batch_size
+        self.max_grad_norm, self.ptx_coef = max_grad_norm, ptx_coef
+        self.optimizer_steps_per_batch = epochs * mini_batches
+        self.iteration = 0
+
+    def configure_model(self) -> None:
+        """Load the policy and its reference, once."""
+        if not hasattr(self, "policy"):
+            super().configure_model()
+            self.load_reference(self.reference_network)
+
+    def load_rewards(self) -> None:
+        """Load what scores answers, frozen."""
+        for reward in (self.reward, *self.monitors.values()):
+            reward.load(self.tokenizer)
+            reward.requires_grad_(False)
+
+    def configure_callbacks(self) -> list[Any]:
+        """No callbacks: the first hook that sees the Trainer, and so the place to refuse options that do not apply."""
+        trainer = self.trainer
+        if trainer.gradient_clip_val is not None:
+            raise ValueError("PPO clips gradients itself: unset trainer.gradient_clip_val, set model.max_grad_norm")
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                "PPO accumulates over micro-batches itself: unset trainer.accumulate_grad_batches, "
+                "set model.micro_batch_size and data.batch_size"
+            )
+        if trainer.max_steps > 0 and trainer.max_steps % self.optimizer_steps_per_batch:
+            raise ValueError(
+                f"an iteration of PPO takes epochs * mini_batches = {self.optimizer_steps_per_batch} optimizer steps: "
+                f"max_steps ({trainer.max_steps}) is no multiple of that"
+            )
+        if trainer.precision == "16-mixed":
+            raise ValueError("PPO clips gradients that fp16's scaler has not unscaled: use bf16-mixed or 32-true")
+        for callback in trainer.checkpoint_callbacks:
+            every = getattr(callback, "_every_n_train_steps", 0)
+            if isinstance(callback, ModelCheckpoint) and getattr(callback, "_train_time_interval", None) is not None:
+                raise ValueError("train_time_interval saves nothing under manual optimization: use every_n_train_steps")
+            if every and every % self.optimizer_steps_per_batch:
+                raise ValueError(
+                    f"every_n_train_steps counts optimizer steps, of which PPO takes {self.optimizer_steps_per_batch} "
+                    f"between two places to save at (epochs * mini_batches): {every} is no multiple of that"
+                )
+        return []
+
+    # For the algorithm.
+
+    def micro_batches(self, rollout: Rollout, shuffle: torch.Generator) -> Sequence[Tensor]:
+        """Sequence numbers of each micro-batch: whole prompts, shuffled."""
+        k = rollout.samples
+        prompts = torch.randperm(rollout.num_sequences // k, generator=shuffle)
+        groups = prompts.split(max(self.micro_batch_size // k, 1))
+        if len(groups) < self.mini_batches:
+            raise ValueError(
+                f"{self.mini_batches} mini-batches need as many micro-batches, and {rollout.num_sequences} sequences "
+                f"make {len(groups)}: lower model.micro_batch_size ({self.micro_batch_size})"
+            )
+        return [(group[:, None] * k + torch.arange(k)).flatten() for group in groups]
+
+    def packed(self, rollout: Rollout) -> PackedBatch:
+        """A rollout as a batch, on the device."""
+        return PackedBatch(*(x.to(self.device) for x in pack(rollout.examples())))
+
+    def backward_ptx(self, ptx: PackedBatch | None) -> None:
+        """Gradients of the loss on pretraining text, if there is any."""
+        if ptx is None or not self.ptx_coef:
+            return
+        # First, not last: under DDP the last backward synchronises, and this one does not reach the value parameters.
+        with self.gradient_sync(on=False):
+            loss, count = sft_loss(self.policy(ptx).logps_S)
+            total = self.sum_over_ranks([float(count)])[0].item()
+            self.manual_backward(self.ptx_coef * loss * self.trainer.world_size / total)
+        self.log_all("ppo", {"ptx_loss": loss.detach() / count})
+
+    def step(self, take: bool = True) -> Tensor:
+        """An optimizer step and its place in the schedule; returns the norm of the gradients.
+
+        One that is not taken counts all the same: Trainer.max_steps, the schedule and checkpoints are promised
+        `optimizer_steps_per_batch` of them an iteration.
+        """
+        optimizer: Any = self.optimizers()
+        norm = self._clip_gradients()
+        if take:
+            optimizer.step()
+        else:
+            # What Lightning calls around a step, to count it.
+            optimizer._on_before_step()
+            optimizer._on_after_step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+        return norm
+
+    def _clip_gradients(self) -> Tensor:
+        parameters = [p for group in self.parameter_groups() for p in group["params"]]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def measures(self, rollout: Rollout, scores_Q: Tensor) -> dict[str, Tensor]:
+        """What there is to say of answers and their scores."""
+        return {
+            "reward": scores_Q.mean(),
+            "length": torch.tensor([float(len(completion.tokens)) for completion in rollout.completions]).mean(),
+            "eos": torch.tensor([float(completion.finished) for completion in rollout.completions]).mean(),
+        }
+
+    # Evaluation.
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Answer held-out prompts, with the same draws every time: reward, monitors, KL, lengths."""
+        rollout = self.answer(batch, self.sampling, seed=self.seed + batch_idx * 1_009 + self.global_rank)
+        packed = self.packed(rollout)
+        scored = self.policy(packed, self.sampling.temperature, self.sampling.top_p)
+        reference_S = self.reference_logps(packed, self.sampling.temperature, self.sampling.top_p)
+        kl_Q = sum_by_sequence(scored.logps_S - reference_S, packed.sequence_S, packed.num_sequences)
+        measures = {**self.measures(rollout, self.reward(rollout)), "kl": kl_Q.mean()}
+        measures |= {name: monitor(rollout).mean() for name, monitor in self.monitors.items()}
+        for name, value in measures.items():
+            self.log(
+                f"{self.stage}/{name}",
+                value.to(self.device),
+                batch_size=rollout.num_sequences,
+                sync_dist=True,
+                prog_bar=name == "reward",
+            )
+
+    test_step = validation_step
