@@ -115,6 +115,8 @@ class LanguageModel(TreeModel):
         """Hidden states to logits, with whatever the architecture does behind its output embeddings."""
         config = self.hf.config.get_text_config()
         logits_SV = self.hf.get_output_embeddings()(hidden_SH)
-        logits_SV = logits_SV * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        if scale != 1.0:  # a pass over the largest tensor there is
+            logits_SV = logits_SV * scale
         cap = getattr(config, "final_logit_softcapping", None)
         return logits_SV if cap is None else cap * (logits_SV / cap).tanh()

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from lit_align.models.lora import add_lora
 from lit_align.models.network import Network
+from lit_align.models.tree_attention import attend_by_tree
 
 
 def load_causal_lm(network: Network) -> PreTrainedModel:
@@ -95,6 +96,8 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
             f"{network.name!r} lacks {len(missing_weights)} of the weights of {type(model).__name__}, the first being "
             f"{missing_weights[0]}: they would be random"
         )
+    if network.attention is None:
+        attend_by_tree(model)
     # from_pretrained returns a model in eval mode, and Lightning leaves it there: dropout off for the whole run.
     model.train()
     if network.lora is not None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_align.functional.attention import tree_mask
 from lit_align.functional.packing import pack, unpack
+from lit_align.models.tree_attention import attends_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
 
 
@@ -35,7 +36,7 @@ def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dt
 
 
 def hidden_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states of every token of a batch, shape (R * N, H)."""
+    """Last hidden states of every token of a batch, shape (R * N, H), by way of a mask over its rows."""
     output = backbone(
         input_ids=batch.tokens_RN,
         position_ids=batch.positions_RN,
@@ -43,6 +44,25 @@ def hidden_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state.flatten(0, 1)
+
+
+def hidden_states_by_tree(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """The same tree by tree, all in one row: where rows end early, nothing is computed, and the states are 0."""
+    tree_M = batch.tree_RN.flatten()
+    at_T = torch.nonzero(tree_M >= 0)[:, 0]
+    tokens_T, tree_T, branch_T, positions_T = (
+        x.flatten()[at_T] for x in (batch.tokens_RN, tree_M, batch.branch_RN, batch.positions_RN)
+    )
+    output = backbone(
+        input_ids=tokens_T[None],
+        position_ids=positions_T[None],
+        # Nobody looks at it, but transformers makes one of its own if it gets none.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        blocks=tree_blocks(tree_T, branch_T, positions_T, backbone.dtype),
+        use_cache=False,
+    )
+    states_TH = output.last_hidden_state[0]
+    return states_TH.new_zeros(len(tree_M), states_TH.shape[1]).index_copy(0, at_T, states_TH)
 
 
 def hidden_states_unpacked(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -60,13 +80,15 @@ class TreeModel(nn.Module):
 
     Attributes:
         hf: the transformers model, head included.
-        packs: whether the backbone takes trees.
+        by_tree: whether it attends tree by tree, which is faster on a CPU.
+        packs: whether the backbone takes trees at all.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
-        self.packs = _takes_trees(self.backbone)
+        self.by_tree = attends_by_tree(self.backbone) and _takes_trees(self.backbone, by_tree=True)
+        self.packs = self.by_tree or _takes_trees(self.backbone)
         if not self.packs:
             warnings.warn(
                 f"{type(self.backbone).__name__} takes no mask of trees: each sequence gets a row of its own, and "
@@ -82,13 +104,14 @@ class TreeModel(nn.Module):
     def hidden(self, batch: PackedBatch) -> tuple[Tensor, PackedBatch]:
         """Hidden states of shape (R * N, H), and the batch whose rows they are of."""
         if self.packs:
-            return hidden_states(self.backbone, batch), batch
+            by_tree = self.by_tree and batch.tokens_RN.device.type == "cpu"
+            return (hidden_states_by_tree if by_tree else hidden_states)(self.backbone, batch), batch
         batch = unpack(batch)
         return hidden_states_unpacked(self.backbone, batch), batch
 
 
 @torch.no_grad()
-def _takes_trees(backbone: PreTrainedModel) -> bool:
+def _takes_trees(backbone: PreTrainedModel, by_tree: bool = False) -> bool:
     if backbone.device.type == "meta":
         return True
     config = backbone.config.get_text_config()
@@ -106,7 +129,7 @@ def _takes_trees(backbone: PreTrainedModel) -> bool:
         alone = unpack(batch)
         expected = hidden_states_unpacked(backbone, alone)[alone.last_Q]
         try:
-            got = hidden_states(backbone, batch)[batch.last_Q]
+            got = (hidden_states_by_tree if by_tree else hidden_states)(backbone, batch)[batch.last_Q]
         except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
             return False
     finally:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, ScalarModel, load_causal_lm, load_scorer
+from lit_align.models.tree_attention import attend_by_tree
 from lit_align.types import Example, PackedBatch, Segment
 
 LENGTHS = [(5, 3, 7, 2), (9, 1, 2, 4), (3, 8, 8, 1), (12, 4, 4, 6)]
@@ -42,18 +43,65 @@ def alone(model: PreTrainedModel) -> torch.Tensor:
     return torch.cat(scores)
 
 
-def model_of(config: AutoConfig) -> PreTrainedModel:
+def model_of(config: AutoConfig, by_tree: bool = False) -> PreTrainedModel:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    if by_tree:
+        attend_by_tree(model)
+    return model
 
 
+@pytest.mark.parametrize("by_tree", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_layout_scores_as_alone(architecture: str, layout: dict) -> None:
-    model = model_of(tiny_config(architecture))
+def test_every_layout_scores_as_alone(architecture: str, layout: dict, by_tree: bool) -> None:
+    model = model_of(tiny_config(architecture), by_tree)
     with norms_in_float64():
-        got = LanguageModel(model)(pack(examples(), **layout)).logps_S
-        assert (got - alone(model)).abs().max() < 1e-12
+        language = LanguageModel(model)
+        assert language.packs
+        assert language.by_tree == by_tree
+        assert (language(pack(examples(), **layout)).logps_S - alone(model)).abs().max() < 1e-12
+
+
+# Kills: a tree's mask without its branches; rows' ends computed (their states would have a gradient).
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_by_tree_has_the_gradient_of_the_mask(architecture: str) -> None:
+    batch = pack([*examples(), Example(Segment([5, 6, 7], [False, True, True]))], row_tokens=50)
+    gradients = []
+    for by_tree in (False, True):
+        model = model_of(tiny_config(architecture), by_tree)
+        with norms_in_float64():
+            scored = LanguageModel(model)(batch)
+            (scored.logps_S * torch.arange(batch.num_scored)).sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() < 1e-10
+
+
+def test_who_attends_by_tree(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    loaded = LanguageModel(load_causal_lm(Network(folder)))
+    assert loaded.by_tree
+    assert not LanguageModel(load_causal_lm(Network(folder, attention="sdpa"))).by_tree
+    assert not LanguageModel(load_causal_lm(Network(folder, attention="eager"))).by_tree
+    assert ScalarModel(load_scorer(Network(folder))).by_tree
+    # Windows are for the mask to draw.
+    assert not LanguageModel(model_of(tiny_config("mistral", **SLIDING["mistral"]), by_tree=True)).by_tree
+    # What a run leaves behind knows nothing of it.
+    loaded.hf.save_pretrained(tmp_path / "exported")
+    assert "lit_align" not in (tmp_path / "exported" / "config.json").read_text()
+
+
+# Kills: anything but what lies before it reaching a token by way of the one row that all trees share.
+def test_a_tree_attends_to_itself_alone() -> None:
+    language = LanguageModel(model_of(tiny_config("llama"), by_tree=True))
+    batch = pack(examples())
+    first = batch.tree_RN == 0
+    changed = batch._replace(tokens_RN=torch.where(first, 9, batch.tokens_RN), target_S=batch.target_S)
+    of_first = batch.example_Q[batch.sequence_S] == 0
+    one, other = language(batch).logps_S, language(changed).logps_S
+    assert torch.equal(one[~of_first], other[~of_first])
+    assert not torch.equal(one[of_first], other[of_first])
 
 
 SLIDING = {

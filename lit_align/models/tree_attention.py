@@ -1,0 +1,99 @@
+"""Attention on packed rows, tree by tree, for CPUs.
+
+A dense mask over a row of several trees computes every product of two tokens and throws most of them away: with trees
+of 300 tokens in rows of 1,024, two thirds. Here each tree is a call of its own, and a tree without branches takes the
+causal kernel, which needs no mask at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lit_align.functional.attention import tree_mask
+
+NAME = "lit_align_trees"
+
+
+class TreeBlocks(NamedTuple):
+    """The trees of a batch, one after the other in one row.
+
+    Attributes:
+        lengths: tokens of each.
+        masks: what is added to its attention scores, shape (1, 1, n, n); None for a chain, which is causal.
+    """
+
+    lengths: list[int]
+    masks: list[Tensor | None]
+
+
+def tree_blocks(tree_T: Tensor, branch_T: Tensor, positions_T: Tensor, dtype: torch.dtype) -> TreeBlocks:
+    """Cut a row of T tokens into its trees; see `PackedBatch` for the arguments."""
+    lengths = torch.unique_consecutive(tree_T, return_counts=True)[1].tolist()
+    masks: list[Tensor | None] = []
+    for tree, branch, positions in zip(*(x.split(lengths) for x in (tree_T, branch_T, positions_T)), strict=True):
+        if not branch.any():
+            masks.append(None)
+            continue
+        allowed = tree_mask(tree[None], branch[None], positions[None])
+        # Additive and made once: from a boolean one torch would make it anew in every layer.
+        masks.append(torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, -torch.inf))
+    return TreeBlocks(lengths, masks)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    blocks: TreeBlocks | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each tree to itself; without `blocks` (when sampling, say) transformers' own.
+
+    Args:
+        module: the attention layer.
+        query: shape (1, heads, T, head size); without `blocks` any.
+        key: the same, with as many heads or fewer.
+        value: likewise.
+        attention_mask: used without `blocks` only.
+        dropout: of the attention weights.
+        scaling: of the scores.
+        blocks: where the trees lie.
+        options: of transformers.
+
+    Returns:
+        Shape (1, T, heads, head size), and no weights.
+    """
+    if blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    # Split and not sliced: the gradient of many slices is as many whole tensors of zeros.
+    parts = (x.split(blocks.lengths, 2) for x in (query, key, value))
+    pieces = [
+        sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal=True)[0]
+        for q, k, v, mask in zip(*parts, blocks.masks, strict=True)
+    ]
+    return torch.cat(pieces, 1), None
+
+
+def attend_by_tree(model: PreTrainedModel) -> None:
+    """Let a model that would use torch's attention use this."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, tree_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def attends_by_tree(backbone: PreTrainedModel) -> bool:
+    """Whether it does, and all its layers see everything before them."""
+    config = backbone.config.get_text_config()
+    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return config._attn_implementation == NAME and not windows and backbone.device.type == "cpu"
