@@ -249,6 +249,29 @@ def test_weights_and_biases_by_one_line(place: Path, wandb_folder: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_answers_as_tables_of_weights_and_biases(
+    place: Path, wandb_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    logger = "--trainer.logger={class_path: lightning.pytorch.loggers.WandbLogger, init_args: {offline: true}}"
+    table = (
+        "--trainer.callbacks=[{class_path: lit_align.callbacks.CompletionsTable, init_args: {prompts: [say a bee]}}]"
+    )
+    for name in ("run", "run-2"):
+        main(["fit", "-c", str(place / "dpo.yaml"), logger, table, "--model.sampling.max_new_tokens=5"])
+        assert {path.name for path in (place / name).iterdir()} == {*LEFT, "said.jsonl"}
+        assert yaml.safe_load((place / name / "config.yaml").read_text())["out"] == str(place / name)
+    said = json.loads((place / "run" / "said.jsonl").read_text())
+    files = sorted((wandb_folder / "wandb").glob("offline-run-*/files/media/table/val/completions_*.table.json"))
+    assert len(files) == 2
+    for file in files:
+        left = json.loads(file.read_text())
+        assert left["columns"] == list(said)
+        assert left["data"] == [list(said.values())]
+    assert (said["step"], said["prompt"]) == (3, "say a bee")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:There is a wandb run already in progress:UserWarning")
 def test_a_run_of_the_users_own_is_not_ended(place: Path, wandb_folder: Path) -> None:
     import wandb

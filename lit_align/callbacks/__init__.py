@@ -1,6 +1,7 @@
 """Callbacks that watch or write, and never change a gradient."""
 
 from lit_align.callbacks.checkpoint import RunCheckpoint
+from lit_align.callbacks.completions import CompletionsTable
 from lit_align.callbacks.export import HFExport
 from lit_align.callbacks.manifest import Manifest
 from lit_align.callbacks.metrics_csv import MetricsCSV
@@ -9,6 +10,7 @@ from lit_align.callbacks.progress import ProgressLines, progress
 from lit_align.callbacks.save_config import SaveRunConfig
 
 __all__ = [
+    "CompletionsTable",
     "HFExport",
     "Manifest",
     "MetricsCSV",
