@@ -115,7 +115,7 @@ IN_FILES = [
     (f"sft {DATA}.truncate", "x", "data.truncate: expected one of prompt, answer, never, got x"),
     (f"sft {MODEL}.network.weights", "x", "model.network.weights: expected one of pretrained, random, got x"),
     (f"dpo {MODEL}.loss", "none", "model.loss: expected one of sigmoid, "),
-    (f"ppo {MODEL}.kl_estimator", "k4", "model.kl_estimator: expected one of k1, k2, k3, got k4"),
+    (f"ppo {MODEL}.kl_estimator", "k4", "model.kl_estimator: expected one of k1, k2, k3, k3+, got k4"),
     ("sft trainer.precision", 17, f"trainer.precision: expected one of 64, 32, 16, {PRECISIONS}, bf16 or null, got 17"),
     # Wrong classes and functions.
     (
