@@ -55,12 +55,14 @@ def test_answers_after_each_validation(fit: Callable[..., Trainer], tmp_path: Pa
 
 
 def test_it_changes_nothing(fit: Callable[..., Trainer]) -> None:
-    data = {"val_fraction": 0.3}
-    with_it = fit(CompletionsTable(PROMPTS), data=data, val_check_interval=0.5).lightning_module.state_dict()
-    state = torch.get_rng_state()
-    without = fit(data=data, val_check_interval=0.5).lightning_module.state_dict()
-    assert all(torch.equal(with_it[key], without[key]) for key in without)
-    assert torch.equal(torch.get_rng_state(), state)
+    ends = []
+    for callbacks in ([CompletionsTable(PROMPTS)], []):
+        torch.manual_seed(0)
+        weights = fit(*callbacks, data={"val_fraction": 0.3}, val_check_interval=0.5).lightning_module.state_dict()
+        ends.append((weights, torch.get_rng_state()))
+    assert all(torch.equal(ends[0][0][key], ends[1][0][key]) for key in ends[1][0])
+    # Nor what is drawn next, in a model with dropout.
+    assert torch.equal(ends[0][1], ends[1][1])
 
 
 def test_the_same_draws_every_time(fit: Callable[..., Trainer], tmp_path: Path) -> None:
