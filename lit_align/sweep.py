@@ -121,7 +121,7 @@ class Sweep:
         return told["name"], goal
 
     def _command(self) -> list[str]:
-        """The words after `lit-align`; without W&B's logger, which is what running here does without."""
+        """The words after `lit-align`; without W&B's logger, and without the resumption that is decided here."""
         words = self.told.get("command")
         if not isinstance(words, list) or words.count("${args}") != 1:
             raise self._wrong("command", 'must be a list of words, "${args}" one of them')
@@ -130,7 +130,8 @@ class Sweep:
             raise self._wrong("command", f"starts {' '.join(map(str, words[:3]))!r}, expected lit-align fit")
         for file in config_files(rest):
             load_yaml(file)
-        return [word for word in rest[1:] if not ("logger" in word and "WandbLogger" in word)]
+        left_out = re.compile(r"--trainer\.logger=.*WandbLogger.*|--ckpt_path=.*", re.DOTALL)
+        return [word for word in rest[1:] if not left_out.fullmatch(word)]
 
     def _parameter(self, key: str, told: Any) -> dict[str, Any]:
         """Checked; with its values, or with the distribution it is drawn from."""

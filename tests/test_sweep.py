@@ -186,7 +186,14 @@ def test_a_configuration_that_is_not_there(write: Write) -> None:
 
 
 def test_weights_and_biases_is_left_out(write: Write) -> None:
-    command = ["lit-align", "fit", "--trainer.logger=WandbLogger", "${args}", "--trainer.max_steps=4"]
+    command = [
+        "lit-align",
+        "fit",
+        "--trainer.logger=WandbLogger",
+        "${args}",
+        "--trainer.max_steps=4",
+        "--ckpt_path=last",
+    ]
     point = Sweep(write({**GRID, "command": command})).points[0]
     assert point.args == ["fit", f"--{BETA}=0.1", f"--{LR}=1e-3", "--seed_everything=3", "--trainer.max_steps=4"]
 
