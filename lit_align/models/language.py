@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from lit_align.functional.head import linear_logprobs
 from lit_align.functional.logprobs import shape_logits, sum_by_sequence, token_entropies, token_logprobs
 from lit_align.models.trees import TreeModel
 from lit_align.types import PackedBatch
@@ -39,13 +40,18 @@ class LanguageModel(TreeModel):
 
     Only scored positions reach the vocabulary: with a prompt of 300 tokens and an answer of 30, nine tenths of the
     largest matrix product are never computed. Where the logits of the scored ones are still large, they are made a
-    chunk at a time and made again in backward: a third more work in the head, and its memory bounded.
+    chunk at a time and made again in backward: a third more work in the head, and its memory bounded. A CPU does so
+    sooner: chunks stay in its cache, and where the hidden size is small, that saves more than the work costs.
 
     Attributes:
         dense_bytes: largest logits, in bytes of fp32, that are made in one piece.
+        cached_bytes: the size of a chunk on a CPU.
+        cached_width: largest hidden size at which a CPU makes chunks in any case.
     """
 
     dense_bytes = 2**30
+    cached_bytes = 2**24
+    cached_width = 512
     _path: str | None = None
 
     def __init__(self, hf: PreTrainedModel) -> None:
@@ -80,6 +86,11 @@ class LanguageModel(TreeModel):
         hidden, rows = self.hidden(batch)
         hidden_SH = hidden[rows.source_S]
         chunks = self._chunks(hidden_SH)
+        if chunks > 1 and self._plain_head():
+            size = math.ceil(len(hidden_SH) / chunks)
+            weight_VH: Any = self.hf.get_output_embeddings().weight
+            scores = linear_logprobs(hidden_SH, weight_VH, rows.target_S, temperature, top_p, entropies, size)
+            return TokenScores(*scores, hidden_SH)
         pieces = []
         for part_SH, part_S in zip(hidden_SH.chunk(chunks), rows.target_S.chunk(chunks), strict=True):
             arguments = (part_SH, part_S, temperature, top_p, entropies)
@@ -100,16 +111,26 @@ class LanguageModel(TreeModel):
     def _chunks(self, hidden_SH: Tensor) -> int:
         """How many pieces the logits come in; says so when it changes."""
         count, vocabulary = len(hidden_SH), self.hf.config.get_text_config().vocab_size
+        cached = hidden_SH.device.type == "cpu" and hidden_SH.shape[1] <= self.cached_width and self._plain_head()
+        limit = min(self.cached_bytes, self.dense_bytes) if cached else self.dense_bytes
         size = 4 * count * vocabulary
-        chunks = max(math.ceil(size / self.dense_bytes), 1)
+        chunks = max(math.ceil(size / limit), 1)
         path = "chunked" if chunks > 1 else "dense"
         if path != self._path and "chunked" in (path, self._path):
             rank_zero_info(
-                f"vocabulary head: {path}, as {count:,} scored tokens x {vocabulary:,} are {size / 2**30:.2f} GiB of "
-                f"logits, of which up to {self.dense_bytes / 2**30:.2f} GiB are made in one piece"
+                f"vocabulary head: {path}, as {count:,} scored tokens x {vocabulary:,} are {size / 2**20:,.0f} MiB of "
+                f"logits, of which up to {limit / 2**20:,.0f} MiB are made in one piece"
             )
         self._path = path
         return chunks
+
+    def _plain_head(self) -> bool:
+        """Whether the head is one matrix and nothing else, computed in its own precision."""
+        config, head = self.hf.config.get_text_config(), self.hf.get_output_embeddings()
+        extras = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        if type(head) is not nn.Linear or head.bias is not None or torch.is_autocast_enabled(head.weight.device.type):
+            return False
+        return all(getattr(config, key, None) in (None, 1.0) for key in extras)
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Hidden states to logits, with whatever the architecture does behind its output embeddings."""

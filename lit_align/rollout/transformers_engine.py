@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lit_align.functional.logprobs import shape_logits
+from lit_align.functional.sampling import draw
 from lit_align.models.language import LanguageModel
 from lit_align.rollout.engine import Sampling
 from lit_align.types import Completion
@@ -116,5 +117,5 @@ class _Decoding:
     def _draw(self, logits_BV: Tensor) -> Tensor:
         if self.sampling.temperature == 0:
             return logits_BV.argmax(-1)
-        probs_BV = shape_logits(logits_BV, self.sampling.temperature, self.sampling.top_p).softmax(-1)
-        return torch.multinomial(probs_BV, 1, generator=self.generator)[:, 0]
+        shaped_BV = shape_logits(logits_BV, self.sampling.temperature, self.sampling.top_p)
+        return draw(shaped_BV.softmax(-1), self.generator)

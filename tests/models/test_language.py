@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.tiny import ARCHITECTURES, VOCABULARY, norms_in_float64, tiny_config, tiny_folder
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import lit_align.models.language
+from lit_align.functional.head import linear_logprobs
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, ScalarModel, load_causal_lm, load_scorer
 from lit_align.models.tree_attention import attend_by_tree
@@ -214,9 +217,10 @@ def test_the_head_in_chunks_is_the_head(top_p: float) -> None:
     model = model_of(tiny_config("llama"))
     batch = pack(examples())
 
-    def scores(dense_bytes: int) -> list[torch.Tensor]:
+    def scores(dense_bytes: int, **attributes: Any) -> list[torch.Tensor]:
         language = LanguageModel(model)
         language.dense_bytes = dense_bytes
+        vars(language).update(attributes)
         model.zero_grad()
         scored = language(batch, 0.7, top_p, entropies=True)
         (scored.logps_S * torch.arange(len(scored.logps_S))).sum().backward()
@@ -224,19 +228,66 @@ def test_the_head_in_chunks_is_the_head(top_p: float) -> None:
         return [scored.logps_S, scored.entropies_S, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     with norms_in_float64():
-        dense, chunked = scores(2**30), scores(4 * VOCABULARY * 5)
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(dense, chunked, strict=True))
+        dense, small = scores(2**30), 4 * VOCABULARY * 5
+        ways = {
+            "by hand": scores(small),
+            "checkpointed": scores(small, _plain_head=lambda: False),
+            "in the cache": scores(2**30, cached_bytes=small),
+        }
+    for way, chunked in ways.items():
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(dense, chunked, strict=True)), way
 
 
-def test_large_logits_are_made_in_chunks_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def chunks_of(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """How many rows of logits are made together: with a head that is one matrix, and with any other."""
+    by_hand: list[int] = []
+    checkpointed: list[int] = []
+
+    def recorded(*call: Any) -> Any:
+        by_hand.append(call[-1])
+        return linear_logprobs(*call)
+
+    monkeypatch.setattr(lit_align.models.language, "linear_logprobs", recorded)
+    head = language.hf.get_output_embeddings()
+    handle = head.register_forward_hook(lambda *call: checkpointed.append(len(call[2])))
+    with norms_in_float64():
+        language(pack(examples()))
+        language(pack(examples()))
+    handle.remove()
+    return by_hand, checkpointed
+
+
+SCORED = sum(sum(answers) for _, *answers in LENGTHS)
+
+
+def test_large_logits_are_made_in_chunks_and_it_is_said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     language = LanguageModel(model_of(tiny_config("llama")))
     language.dense_bytes = 4 * VOCABULARY * 10
-    made = []
-    language.hf.get_output_embeddings().register_forward_hook(lambda *call: made.append(len(call[2])))
-    with caplog.at_level("INFO"), norms_in_float64():
-        language(pack(examples()))
-        language(pack(examples()))
-    scored = sum(sum(answers) for _, *answers in LENGTHS)
-    assert sum(made) == 2 * scored
-    assert max(made) <= 10
+    with caplog.at_level("INFO"):
+        by_hand, checkpointed = chunks_of(language, monkeypatch)
+    assert len(by_hand) == 2
+    assert max(by_hand) <= 10
+    assert checkpointed == []
     assert caplog.text.count("vocabulary head: chunked") == 1
+    capped = LanguageModel(model_of(tiny_config("gemma2", **SLIDING["gemma2"])))
+    capped.dense_bytes = language.dense_bytes
+    by_hand, checkpointed = chunks_of(capped, monkeypatch)
+    assert by_hand == []
+    assert sum(checkpointed) == 2 * SCORED
+    assert max(checkpointed) <= 10
+
+
+# Kills: any width; the cache's size beside a smaller limit; chunks where the head is more than a matrix.
+def test_on_a_cpu_narrow_models_make_chunks_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(config: Any, **attributes: Any) -> tuple[bool, bool]:
+        language = LanguageModel(model_of(config))
+        vars(language).update({"cached_bytes": 4 * VOCABULARY * 10, **attributes})
+        by_hand, checkpointed = chunks_of(language, monkeypatch)
+        return bool(by_hand), checkpointed == [SCORED, SCORED]
+
+    assert made(tiny_config("llama")) == (True, False)
+    assert made(tiny_config("llama"), cached_width=31) == (False, True)
+    assert made(tiny_config("llama"), cached_bytes=2**24) == (False, True)
+    assert made(tiny_config("cohere", **SLIDING["cohere"])) == (False, True)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_align.functional.head import linear_logprobs
+from lit_align.functional.logprobs import shape_logits, token_entropies, token_logprobs
+
+S, H, V = 11, 5, 17
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    seeded = torch.Generator().manual_seed(0)
+    hidden = torch.randn(S, H, generator=seeded, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=seeded, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (S,), generator=seeded)
+
+
+def dense(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    logits = shape_logits(hidden @ weight.T, temperature, top_p, keep_S=target)
+    return token_logprobs(logits, target), token_entropies(logits)
+
+
+# Kills: the last, shorter chunk dropped; temperature left out of either gradient; onehot or p with the wrong sign;
+# chunks of the weight's gradient overwritten, not added; a nucleus of the whole in backward.
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.3, 0.7)])
+def test_scores_entropies_and_gradients_are_those_of_all_logits(chunk: int, temperature: float, top_p: float) -> None:
+    hidden, weight, target = inputs()
+    expected, entropies = dense(hidden, weight, target, temperature, top_p)
+    expected_gradients = torch.autograd.grad((expected * torch.arange(S)).sum(), (hidden, weight))
+    got, spread = linear_logprobs(hidden, weight, target, temperature, top_p, entropies=True, chunk=chunk)
+    assert spread is not None
+    torch.testing.assert_close((got, spread), (expected, entropies), rtol=0, atol=1e-13)
+    assert not spread.requires_grad
+    gradients = torch.autograd.grad((got * torch.arange(S)).sum(), (hidden, weight))
+    torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-12)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    hidden, weight, target = inputs()
+    assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, target, 0.8, chunk=4)[0], (hidden, weight))
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_only_what_is_trained_gets_a_gradient(frozen: int) -> None:
+    hidden, weight, target = inputs()
+    (hidden, weight)[frozen].requires_grad_(False)
+    linear_logprobs(hidden, weight, target, chunk=4)[0].sum().backward()
+    assert [hidden.grad is None, weight.grad is None] == [frozen == 0, frozen == 1]
+
+
+# Kills: log-probabilities, or the sum of the weight's gradient over chunks, in the precision of the weights.
+def test_half_precision_is_added_up_in_single() -> None:
+    hidden, weight, target = inputs(torch.bfloat16)
+    got, _ = linear_logprobs(hidden, weight, target, chunk=1)
+    assert got.dtype == torch.float32
+    got.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.bfloat16
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    dense(exact_hidden, exact_weight, target, 1.0, 1.0)[0].sum().backward()
+    assert exact_weight.grad is not None
+    assert (weight.grad - exact_weight.grad).abs().max() < 0.02
+
+
+def test_nothing_scored() -> None:
+    hidden, weight, target = inputs()
+    logps, entropies = linear_logprobs(hidden[:0], weight, target[:0], entropies=True)
+    assert logps.shape == (0,)
+    assert entropies is not None
+    assert entropies.shape == (0,)

@@ -1,0 +1,44 @@
+from unittest import mock
+
+import torch
+
+from lit_align.functional.sampling import draw
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# Kills: the wrong side of the search; a cumulative sum along the batch; one number for all rows.
+def test_draws_are_distributed_as_they_should() -> None:
+    probs = torch.tensor([[0.1, 0.0, 0.6, 0.3], [0.0, 0.5, 0.0, 0.5]])
+    n = 40_000
+    drawn = draw(probs.repeat(n, 1), seeded()).reshape(n, 2)
+    for row, expected in enumerate(probs):
+        share = torch.bincount(drawn[:, row], minlength=4) / n
+        assert (share - expected).abs().max() < 4 * (0.25 / n) ** 0.5
+        assert (share[expected == 0] == 0).all()
+    assert (drawn[:, 0] == drawn[:, 1]).float().mean() < 0.5
+
+
+def test_weights_need_not_add_up_to_one() -> None:
+    probs = torch.rand(50, 9)
+    assert torch.equal(draw(probs, seeded(3)), draw(probs * 7, seeded(3)))
+
+
+# Kills: right=False, which takes the impossible first token at 0; the point not kept below the total.
+def test_the_ends_of_the_interval_give_tokens_that_are_possible() -> None:
+    probs = torch.tensor([[0.0, 0.0, 0.7, 0.3, 0.0]])
+    for number, expected in ((0.0, 2), (1.0, 3), (0.6999, 2), (0.7001, 3)):
+        with mock.patch("torch.rand", return_value=torch.full((1, 1), number, dtype=torch.float64)):
+            assert draw(probs).tolist() == [expected]
+
+
+# Kills: fp32 sums, in which what comes last among many has no weight of its own.
+def test_small_probabilities_of_a_large_vocabulary_count() -> None:
+    probs = torch.full((1, 200_000), 1e-8)
+    probs[0, 0] = 1.0
+    drawn = [draw(probs, seeded(seed)).item() for seed in range(4000)]
+    rare = [token for token in drawn if token]
+    assert 0 < len(rare) < 40
+    assert len(set(rare)) == len(rare)
