@@ -1,4 +1,4 @@
-"""From hidden states to log-probabilities without ever holding all logits."""
+"""From hidden states to log-probabilities, with the logits passed over as seldom as can be."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_align.functional.logprobs import shape_logits
+from lit_align.functional.logprobs import shape_logits, upcast
 
 
 def linear_logprobs(
@@ -19,11 +19,13 @@ def linear_logprobs(
     top_p: float = 1.0,
     entropies: bool = False,
     chunk: int = 128,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Log p(target) under a linear head without bias, and the entropy of p, both from one pass over the logits.
 
-    The logits are made `chunk` rows at a time, small enough to stay in the cache of a processor, and made again in
-    backward: one matrix product more than holding them all, and up to three tensors of S x V less.
+    The logits are made and looked at `chunk` rows at a time, few enough to stay in the cache of a processor. For
+    backward they are kept, and turned into their own gradient where they lie: one tensor of S x V, where softmax and
+    cross-entropy as separate operations take three. Or they are made again, which takes none, and a product more.
 
     Args:
         hidden_SH: the states that predict. Shape (S, H).
@@ -32,13 +34,15 @@ def linear_logprobs(
         temperature: divides the logits; above 0.
         top_p: mass of the nucleus, in (0, 1]; see `shape_logits`.
         entropies: also give them.
-        chunk: rows whose logits are held at once.
+        chunk: rows whose logits are looked at together.
+        keep: hold the logits until backward.
 
     Returns:
         Log-probabilities in nats, shape (S,), in fp32 or float64; and entropies in nats, shape (S,), without gradient,
         or None.
     """
-    logps_S, entropies_S = _LinearLogprobs.apply(hidden_SH, weight_VH, target_S, temperature, top_p, entropies, chunk)
+    options = temperature, top_p, entropies, chunk, keep and torch.is_grad_enabled()
+    logps_S, entropies_S = _LinearLogprobs.apply(hidden_SH, weight_VH, target_S, *options)
     return logps_S, entropies_S
 
 
@@ -55,24 +59,38 @@ class _LinearLogprobs(torch.autograd.Function):
         top_p: float,
         entropies: bool,
         chunk: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.options = temperature, top_p, chunk
-        logps, totals, spreads = [], [], []
-        for hidden_CH, target_C in zip(hidden_SH.split(chunk), target_S.split(chunk), strict=True):
-            logits_CV = shape_logits(hidden_CH @ weight_VH.T, temperature, top_p, keep_S=target_C)
-            total_C = logits_CV.logsumexp(-1)
-            logps.append(logits_CV.gather(1, target_C[:, None])[:, 0] - total_C)
-            totals.append(total_C)
+        count, vocabulary = len(hidden_SH), len(weight_VH)
+        logps_S, total_S, entropies_S = (upcast(hidden_SH.new_empty(count)) for _ in range(3))
+        # Written over and over: fresh memory costs a processor more than the arithmetic that is done in it.
+        logits_SV = logps_S.new_empty(count if keep else min(chunk, count), vocabulary)
+        scratch_CV = logps_S.new_empty(min(chunk, count), vocabulary)
+        for start in range(0, count, chunk):
+            at = slice(start, start + chunk)
+            target_C1 = target_S[at, None]
+            logits_CV = logits_SV[at] if keep else logits_SV[: len(target_C1)]
+            _logits(hidden_SH[at], weight_VH, target_S[at], temperature, top_p, logits_CV)
+            largest_C1 = logits_CV.amax(-1, keepdim=True)
+            weights_CV = torch.sub(logits_CV, largest_C1, out=scratch_CV[: len(target_C1)]).exp_()
+            sum_C1 = weights_CV.sum(-1, keepdim=True)
+            total_C1 = largest_C1 + sum_C1.log()
+            total_S[at], logps_S[at] = total_C1[:, 0], (logits_CV.gather(1, target_C1) - total_C1)[:, 0]
             if entropies:
-                probs_CV = (logits_CV - total_C[:, None]).exp_()
                 # H = logsumexp - E[logit]; a token outside the nucleus has logit -inf, and adds nothing.
-                mean_C = probs_CV.mul_(logits_CV.masked_fill_(probs_CV == 0, 0.0)).sum(-1)
-                spreads.append((total_C - mean_C).clamp_(min=0.0))
-        ctx.save_for_backward(hidden_SH, weight_VH, target_S, torch.cat(totals))
-        entropies_S = torch.cat(spreads) if entropies else None
-        if entropies_S is not None:
-            ctx.mark_non_differentiable(entropies_S)
-        return torch.cat(logps), entropies_S
+                if top_p < 1.0:
+                    weights_CV.mul_(torch.where(weights_CV == 0, 0.0, logits_CV))
+                else:
+                    weights_CV.mul_(logits_CV)
+                mean_C1 = weights_CV.sum(-1, keepdim=True) / sum_C1
+                entropies_S[at] = (total_C1 - mean_C1).clamp_(min=0.0)[:, 0]
+        ctx.kept = logits_SV if keep else None
+        ctx.save_for_backward(hidden_SH, weight_VH, target_S, total_S)
+        if not entropies:
+            return logps_S, None
+        ctx.mark_non_differentiable(entropies_S)
+        return logps_S, entropies_S
 
     @staticmethod
     @once_differentiable
@@ -80,19 +98,51 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden_SH, weight_VH, target_S, total_S = ctx.saved_tensors
         temperature, top_p, chunk = ctx.options
         to_hidden, to_weight = ctx.needs_input_grad[:2]
+        kept_SV, ctx.kept = ctx.kept, None  # overwritten below: a second backward makes them again
         grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
         # Sums over chunks, in bf16, would lose what each adds.
-        grad_weight = torch.zeros_like(weight_VH, dtype=total_S.dtype) if to_weight else None
-        for start in range(0, len(hidden_SH), chunk):
-            at = slice(start, start + chunk)
-            logits_CV = shape_logits(hidden_SH[at] @ weight_VH.T, temperature, top_p, keep_S=target_S[at])
-            grad_CV = logits_CV.sub_(total_S[at, None]).exp_().mul_(-grad_S[at, None])
-            grad_CV.scatter_add_(1, target_S[at, None], grad_S[at, None])
-            grad_CV = grad_CV.div_(temperature).to(weight_VH.dtype)
+        grad_weight = torch.empty_like(weight_VH, dtype=total_S.dtype) if to_weight else None
+
+        def spread(grad_CV: Tensor, at: slice, first: bool) -> None:
+            grad_CV = grad_CV.to(weight_VH.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_CV, weight_VH, out=grad_hidden[at])
-            if grad_weight is not None:
+            if grad_weight is None:
+                return
+            if grad_weight.dtype == grad_CV.dtype:
+                # beta = 0 writes, and does not read what was there.
+                torch.addmm(grad_weight, grad_CV.T, hidden_SH[at], beta=0 if first else 1, out=grad_weight)
+            elif first:
+                grad_weight.copy_(grad_CV.T @ hidden_SH[at])
+            else:
                 grad_weight.add_(grad_CV.T @ hidden_SH[at])
+
+        logits_SV = kept_SV if kept_SV is not None else total_S.new_empty(min(chunk, len(total_S)), len(weight_VH))
+        for start in range(0, len(hidden_SH), chunk):
+            at = slice(start, start + chunk)
+            if kept_SV is None:
+                logits_CV = logits_SV[: len(target_S[at])]
+                _logits(hidden_SH[at], weight_VH, target_S[at], temperature, top_p, logits_CV)
+            else:
+                logits_CV = kept_SV[at]
+            grad_CV = logits_CV.sub_(total_S[at, None]).exp_().mul_(-grad_S[at, None] / temperature)
+            grad_CV.scatter_add_(1, target_S[at, None], grad_S[at, None] / temperature)
+            if kept_SV is None:
+                spread(grad_CV, at, first=start == 0)
+        if kept_SV is not None:  # whole: products of a few rows with many columns are slow
+            spread(kept_SV, slice(None), first=True)
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_VH.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+            grad_weight = grad_weight.to(weight_VH.dtype) if len(total_S) else torch.zeros_like(weight_VH)
+        return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _logits(
+    hidden_CH: Tensor, weight_VH: Tensor, target_C: Tensor, temperature: float, top_p: float, out_CV: Tensor
+) -> None:
+    """Write the shaped logits of a chunk, in fp32 or float64."""
+    if hidden_CH.dtype == out_CV.dtype:
+        torch.mm(hidden_CH, weight_VH.T, out=out_CV)
+    else:
+        out_CV.copy_(hidden_CH @ weight_VH.T)
+    if temperature != 1.0 or top_p != 1.0:
+        out_CV.copy_(shape_logits(out_CV, temperature, top_p, keep_S=target_C))

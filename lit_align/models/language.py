@@ -40,18 +40,15 @@ class LanguageModel(TreeModel):
 
     Only scored positions reach the vocabulary: with a prompt of 300 tokens and an answer of 30, nine tenths of the
     largest matrix product are never computed. Where the logits of the scored ones are still large, they are made a
-    chunk at a time and made again in backward: a third more work in the head, and its memory bounded. A CPU does so
-    sooner: chunks stay in its cache, and where the hidden size is small, that saves more than the work costs.
+    chunk at a time and made again in backward: a third more work in the head, and its memory bounded.
 
     Attributes:
-        dense_bytes: largest logits, in bytes of fp32, that are made in one piece.
-        cached_bytes: the size of a chunk on a CPU.
-        cached_width: largest hidden size at which a CPU makes chunks in any case.
+        dense_bytes: largest logits, in bytes of fp32, that are held until backward.
+        cached_bytes: how many a CPU looks at together, so that they stay in its cache.
     """
 
     dense_bytes = 2**30
     cached_bytes = 2**24
-    cached_width = 512
     _path: str | None = None
 
     def __init__(self, hf: PreTrainedModel) -> None:
@@ -86,11 +83,12 @@ class LanguageModel(TreeModel):
         hidden, rows = self.hidden(batch)
         hidden_SH = hidden[rows.source_S]
         chunks = self._chunks(hidden_SH)
-        if chunks > 1 and self._plain_head():
-            size = math.ceil(len(hidden_SH) / chunks)
+        if self._plain_head():
             weight_VH: Any = self.hf.get_output_embeddings().weight
-            scores = linear_logprobs(hidden_SH, weight_VH, rows.target_S, temperature, top_p, entropies, size)
-            return TokenScores(*scores, hidden_SH)
+            limit = self.cached_bytes if hidden_SH.device.type == "cpu" else self.dense_bytes
+            chunk = max(min(limit, self.dense_bytes) // (4 * len(weight_VH)), 1)
+            options = temperature, top_p, entropies, chunk, chunks == 1
+            return TokenScores(*linear_logprobs(hidden_SH, weight_VH, rows.target_S, *options), hidden_SH)
         pieces = []
         for part_SH, part_S in zip(hidden_SH.chunk(chunks), rows.target_S.chunk(chunks), strict=True):
             arguments = (part_SH, part_S, temperature, top_p, entropies)
@@ -111,15 +109,13 @@ class LanguageModel(TreeModel):
     def _chunks(self, hidden_SH: Tensor) -> int:
         """How many pieces the logits come in; says so when it changes."""
         count, vocabulary = len(hidden_SH), self.hf.config.get_text_config().vocab_size
-        cached = hidden_SH.device.type == "cpu" and hidden_SH.shape[1] <= self.cached_width and self._plain_head()
-        limit = min(self.cached_bytes, self.dense_bytes) if cached else self.dense_bytes
         size = 4 * count * vocabulary
-        chunks = max(math.ceil(size / limit), 1)
+        chunks = max(math.ceil(size / self.dense_bytes), 1)
         path = "chunked" if chunks > 1 else "dense"
         if path != self._path and "chunked" in (path, self._path):
             rank_zero_info(
                 f"vocabulary head: {path}, as {count:,} scored tokens x {vocabulary:,} are {size / 2**20:,.0f} MiB of "
-                f"logits, of which up to {limit / 2**20:,.0f} MiB are made in one piece"
+                f"logits, of which up to {self.dense_bytes / 2**20:,.0f} MiB are held"
             )
         self._path = path
         return chunks

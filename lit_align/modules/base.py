@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lit_align.modules.memory import MIB, memory_budget, memory_for, peak_memory
+from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.schedule import Schedule
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
 
@@ -63,11 +63,13 @@ class AlignModule(LightningModule):
     predict_batch_type: type = PromptBatch
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that shard gradients.
+        """Refuse strategies that shard gradients; on a CPU, keep freed memory.
 
         Raises:
             ValueError: names the strategy.
         """
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         name = type(self.trainer.strategy).__name__
         if name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"):
             raise ValueError(f"{name} is not supported: the exact normaliser needs whole gradients; use auto or ddp")

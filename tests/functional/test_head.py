@@ -24,13 +24,16 @@ def dense(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, to
 
 # Kills: the last, shorter chunk dropped; temperature left out of either gradient; onehot or p with the wrong sign;
 # chunks of the weight's gradient overwritten, not added; a nucleus of the whole in backward.
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.3, 0.7)])
-def test_scores_entropies_and_gradients_are_those_of_all_logits(chunk: int, temperature: float, top_p: float) -> None:
+def test_scores_entropies_and_gradients_are_those_of_all_logits(
+    chunk: int, temperature: float, top_p: float, keep: bool
+) -> None:
     hidden, weight, target = inputs()
     expected, entropies = dense(hidden, weight, target, temperature, top_p)
     expected_gradients = torch.autograd.grad((expected * torch.arange(S)).sum(), (hidden, weight))
-    got, spread = linear_logprobs(hidden, weight, target, temperature, top_p, entropies=True, chunk=chunk)
+    got, spread = linear_logprobs(hidden, weight, target, temperature, top_p, entropies=True, chunk=chunk, keep=keep)
     assert spread is not None
     torch.testing.assert_close((got, spread), (expected, entropies), rtol=0, atol=1e-13)
     assert not spread.requires_grad
@@ -71,3 +74,26 @@ def test_nothing_scored() -> None:
     assert logps.shape == (0,)
     assert entropies is not None
     assert entropies.shape == (0,)
+    logps.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+# Kills: logits turned into their gradient and then taken for logits.
+def test_a_second_backward_gives_the_same() -> None:
+    hidden, weight, target = inputs()
+    logps, _ = linear_logprobs(hidden, weight, target)
+    first = torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(logps.sum(), (hidden, weight))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-13)
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple] = []
+    empty = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size, **o: made.append(size) or empty(self, *size, **o))
+    hidden, weight, target = inputs()
+    with torch.no_grad():
+        linear_logprobs(hidden, weight, target, chunk=3)
+    assert (S, V) not in made
+    assert (3, V) in made

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import ARCHITECTURES, VOCABULARY, norms_in_float64, tiny_config, tiny_folder
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import lit_align.models.language
@@ -217,7 +218,7 @@ def test_the_head_in_chunks_is_the_head(top_p: float) -> None:
     model = model_of(tiny_config("llama"))
     batch = pack(examples())
 
-    def scores(dense_bytes: int, **attributes: Any) -> list[torch.Tensor]:
+    def scores(dense_bytes: int, **attributes: Any) -> list[Tensor]:
         language = LanguageModel(model)
         language.dense_bytes = dense_bytes
         vars(language).update(attributes)
@@ -228,23 +229,24 @@ def test_the_head_in_chunks_is_the_head(top_p: float) -> None:
         return [scored.logps_S, scored.entropies_S, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     with norms_in_float64():
-        dense, small = scores(2**30), 4 * VOCABULARY * 5
+        dense, small = scores(2**30, _plain_head=lambda: False), 4 * VOCABULARY * 5
         ways = {
-            "by hand": scores(small),
             "checkpointed": scores(small, _plain_head=lambda: False),
-            "in the cache": scores(2**30, cached_bytes=small),
+            "made again": scores(small),
+            "kept": scores(2**30),
+            "kept, looked at in chunks": scores(2**30, cached_bytes=small),
         }
     for way, chunked in ways.items():
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(dense, chunked, strict=True)), way
 
 
-def chunks_of(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """How many rows of logits are made together: with a head that is one matrix, and with any other."""
-    by_hand: list[int] = []
+def chunks_of(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], list[int]]:
+    """How many rows of logits are made together and whether all are kept, or with a head that is no mere matrix."""
+    by_hand: list[tuple] = []
     checkpointed: list[int] = []
 
     def recorded(*call: Any) -> Any:
-        by_hand.append(call[-1])
+        by_hand.append(call[-2:])
         return linear_logprobs(*call)
 
     monkeypatch.setattr(lit_align.models.language, "linear_logprobs", recorded)
@@ -267,8 +269,7 @@ def test_large_logits_are_made_in_chunks_and_it_is_said(
     language.dense_bytes = 4 * VOCABULARY * 10
     with caplog.at_level("INFO"):
         by_hand, checkpointed = chunks_of(language, monkeypatch)
-    assert len(by_hand) == 2
-    assert max(by_hand) <= 10
+    assert by_hand == [(10, False)] * 2
     assert checkpointed == []
     assert caplog.text.count("vocabulary head: chunked") == 1
     capped = LanguageModel(model_of(tiny_config("gemma2", **SLIDING["gemma2"])))
@@ -279,15 +280,14 @@ def test_large_logits_are_made_in_chunks_and_it_is_said(
     assert max(checkpointed) <= 10
 
 
-# Kills: any width; the cache's size beside a smaller limit; chunks where the head is more than a matrix.
-def test_on_a_cpu_narrow_models_make_chunks_that_fit_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    def made(config: Any, **attributes: Any) -> tuple[bool, bool]:
+# Kills: chunks of a CPU larger than its cache; kept logits above the limit; chunks where the head is no mere matrix.
+def test_small_logits_are_kept_and_looked_at_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(config: Any, **attributes: Any) -> tuple[list[tuple], list[int]]:
         language = LanguageModel(model_of(config))
-        vars(language).update({"cached_bytes": 4 * VOCABULARY * 10, **attributes})
-        by_hand, checkpointed = chunks_of(language, monkeypatch)
-        return bool(by_hand), checkpointed == [SCORED, SCORED]
+        vars(language).update(attributes)
+        return chunks_of(language, monkeypatch)
 
-    assert made(tiny_config("llama")) == (True, False)
-    assert made(tiny_config("llama"), cached_width=31) == (False, True)
-    assert made(tiny_config("llama"), cached_bytes=2**24) == (False, True)
-    assert made(tiny_config("cohere", **SLIDING["cohere"])) == (False, True)
+    rows = 2**24 // (4 * VOCABULARY)
+    assert made(tiny_config("llama")) == ([(rows, True)] * 2, [])
+    assert made(tiny_config("llama"), cached_bytes=4 * VOCABULARY * 10) == ([(10, True)] * 2, [])
+    assert made(tiny_config("cohere", **SLIDING["cohere"])) == ([], [SCORED, SCORED])

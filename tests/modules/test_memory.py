@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +139,29 @@ def test_a_run_says_what_it_will_hold_and_what_it_held(tmp_path: Path, caplog: p
         (said,) = [record.getMessage() for record in caplog.records if "before activations" in record.getMessage()]
         assert re.fullmatch(rf"memory: {roles}; [\d,]+ MiB in all before activations", said), said
         assert any(record.getMessage().startswith("peak memory: ") for record in caplog.records)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
+    """In a process of its own: a tensor causes no page faults where a larger one has been."""
+    script = """
+import resource, sys, torch
+from lit_align.modules.memory import keep_freed_memory
+if len(sys.argv) > 1: assert keep_freed_memory()
+def faults(size):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(size)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(15_000_000)
+print(faults(10_000_000))
+"""
+
+    def faults(*arguments: str, **environment: str) -> int:
+        command = [sys.executable, "-W", "ignore", "-c", script, *arguments]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") < 100
+    assert faults() > 10
+    own = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    assert faults("keep", **own) > 10
