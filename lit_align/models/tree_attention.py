@@ -20,8 +20,12 @@ from lit_align.functional.attention import tree_mask
 NAME = "lit_align_trees"
 
 
+# Small trees share a call: below this many tokens it costs more to make one than to compute what its mask hides.
+TOGETHER = 128
+
+
 class TreeBlocks(NamedTuple):
-    """The trees of a batch, one after the other in one row.
+    """A row of trees, cut into blocks that attend to themselves alone.
 
     Attributes:
         lengths: tokens of each.
@@ -33,11 +37,20 @@ class TreeBlocks(NamedTuple):
 
 
 def tree_blocks(tree_T: Tensor, branch_T: Tensor, positions_T: Tensor, dtype: torch.dtype) -> TreeBlocks:
-    """Cut a row of T tokens into its trees; see `PackedBatch` for the arguments."""
-    lengths = torch.unique_consecutive(tree_T, return_counts=True)[1].tolist()
+    """Cut a row of T tokens into large trees and groups of small ones; see `PackedBatch` for the arguments."""
+    lengths: list[int] = []
+    trees: list[int] = []  # in each block
+    for length in torch.unique_consecutive(tree_T, return_counts=True)[1].tolist():
+        if lengths and lengths[-1] + length <= TOGETHER:
+            lengths[-1] += length
+            trees[-1] += 1
+        else:
+            lengths.append(length)
+            trees.append(1)
     masks: list[Tensor | None] = []
-    for tree, branch, positions in zip(*(x.split(lengths) for x in (tree_T, branch_T, positions_T)), strict=True):
-        if not branch.any():
+    columns = (x.split(lengths) for x in (tree_T, branch_T, positions_T))
+    for count, tree, branch, positions in zip(trees, *columns, strict=True):
+        if count == 1 and not branch.any():
             masks.append(None)
             continue
         allowed = tree_mask(tree[None], branch[None], positions[None])

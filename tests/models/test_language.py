@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import lit_align.models.language
+import lit_align.models.tree_attention
 from lit_align.functional.head import linear_logprobs
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, ScalarModel, load_causal_lm, load_scorer
-from lit_align.models.tree_attention import attend_by_tree
+from lit_align.models.tree_attention import attend_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
 
 LENGTHS = [(5, 3, 7, 2), (9, 1, 2, 4), (3, 8, 8, 1), (12, 4, 4, 6)]
@@ -55,10 +56,14 @@ def model_of(config: AutoConfig, by_tree: bool = False) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("by_tree", [False, True])
+@pytest.mark.parametrize("together", [None, 0, 40])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_layout_scores_as_alone(architecture: str, layout: dict, by_tree: bool) -> None:
+def test_every_layout_scores_as_alone(
+    architecture: str, layout: dict, together: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_tree = together is not None
+    monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", together)
     model = model_of(tiny_config(architecture), by_tree)
     with norms_in_float64():
         language = LanguageModel(model)
@@ -69,17 +74,19 @@ def test_every_layout_scores_as_alone(architecture: str, layout: dict, by_tree: 
 
 # Kills: a tree's mask without its branches; rows' ends computed (their states would have a gradient).
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_attention_by_tree_has_the_gradient_of_the_mask(architecture: str) -> None:
+def test_attention_by_tree_has_the_gradient_of_the_mask(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = pack([*examples(), Example(Segment([5, 6, 7], [False, True, True]))], row_tokens=50)
     gradients = []
-    for by_tree in (False, True):
+    for by_tree, together in ((False, 0), (True, 0), (True, 40)):
+        monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", together)
         model = model_of(tiny_config(architecture), by_tree)
         with norms_in_float64():
             scored = LanguageModel(model)(batch)
             (scored.logps_S * torch.arange(batch.num_scored)).sum().backward()
         gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        assert (one - other).abs().max() < 1e-10
+    for mask, alone, grouped in zip(*gradients, strict=True):
+        assert (mask - alone).abs().max() < 1e-10
+        assert (mask - grouped).abs().max() < 1e-10
 
 
 def test_who_attends_by_tree(tmp_path: Path) -> None:
@@ -94,6 +101,29 @@ def test_who_attends_by_tree(tmp_path: Path) -> None:
     # What a run leaves behind knows nothing of it.
     loaded.hf.save_pretrained(tmp_path / "exported")
     assert "lit_align" not in (tmp_path / "exported" / "config.json").read_text()
+
+
+# Kills: trees lost, joined above the limit, or not joined below it; a group of chains taken for one chain.
+def test_small_trees_share_a_block_and_large_ones_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", 10)
+    chains = [Example(Segment([5] * n, [False] * n)) for n in (4, 6, 1, 20, 3, 8)]
+    batch = pack([*chains, examples()[0]], row_tokens=100)
+    in_row = batch.tree_RN[0][batch.tree_RN[0] >= 0]
+    order = torch.unique_consecutive(in_row).tolist()
+    sizes = [(in_row == tree).sum().item() for tree in order]
+    blocks = tree_blocks(in_row, batch.branch_RN[0][: len(in_row)], batch.positions_RN[0][: len(in_row)], torch.float32)
+    assert sum(blocks.lengths) == sum(sizes)
+    expected: list[list[int]] = []
+    for size in sizes:
+        if expected and sum(expected[-1]) + size <= 10:
+            expected[-1].append(size)
+        else:
+            expected.append([size])
+    assert blocks.lengths == [sum(group) for group in expected]
+    assert max(map(len, expected)) > 1
+    for length, group, mask in zip(blocks.lengths, expected, blocks.masks, strict=True):
+        assert (mask is None) == (len(group) == 1 and group != [sum(LENGTHS[0])])
+        assert mask is None or mask.shape == (1, 1, length, length)
 
 
 # Kills: anything but what lies before it reaching a token by way of the one row that all trees share.

@@ -141,6 +141,7 @@ def test_a_run_says_what_it_will_hold_and_what_it_held(tmp_path: Path, caplog: p
         assert any(record.getMessage().startswith("peak memory: ") for record in caplog.records)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library than glibc")
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
     """In a process of its own: a tensor causes no page faults where a larger one has been."""
