@@ -22,6 +22,7 @@ from lit_align.modules.base import AlignModule
 from lit_align.rewards import ModelReward
 
 WARM_UP = 2
+SAMPLES = 4  # answers to a prompt, for GRPO; `batch` counts answers
 
 
 class Clock(Callback):
@@ -38,6 +39,11 @@ class Clock(Callback):
         self.ended = time.perf_counter()
         if self.batches == self.warm_up:
             self.started = self.ended
+
+
+def length(rows: list[dict], completions: list[str]) -> list[float]:
+    """A reward that costs nothing."""
+    return [float(len(text) % 17) for text in completions]
 
 
 def source(assets: Path, name: str, count: int) -> list[la.Source]:
@@ -66,6 +72,13 @@ def build(
             else la.RewardModule(policy, optimizer=optimizer)
         )
         return module, la.PreferenceDataModule(place, source(assets, "pairs", steps * size), **data)
+    if method == "grpo":
+        module = la.PPOModule(
+            policy, la.FunctionReward(length), advantage="grpo", epochs=1, micro_batch_size=size, optimizer=optimizer,
+            kl_coef=0.0, sampling=la.Sampling(max_new_tokens=o["new_tokens"], samples=SAMPLES),
+        )  # fmt: skip
+        data["batch_size"] = size // SAMPLES
+        return module, la.PromptDataModule(place, source(assets, "prompts", steps * size // SAMPLES), **data)
     module = la.PPOModule(
         policy, reward=ModelReward(la.Network(str(assets / f"{model}-reward"))), value=la.Network(place),
         sampling=la.Sampling(max_new_tokens=o["new_tokens"]), epochs=4, mini_batches=1,
@@ -94,7 +107,7 @@ def main() -> None:
         max_epochs=1, accelerator="gpu" if o["device"] == "cuda" else "cpu", devices=1, logger=False, callbacks=[clock],
         precision="bf16-mixed" if o["device"] == "cuda" else "32-true", enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
-        gradient_clip_val=None if method == "ppo" else 1.0,
+        gradient_clip_val=None if method in ("ppo", "grpo") else 1.0,
     )  # fmt: skip
     trainer.fit(module, data)
     seconds = clock.ended - clock.started

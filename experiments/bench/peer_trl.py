@@ -25,6 +25,7 @@ TRAINERS = {
     "sft": (trl.SFTTrainer, trl.SFTConfig, "sft"),
     "dpo": (trl.DPOTrainer, trl.DPOConfig, "pairs"),
     "reward": (trl.RewardTrainer, trl.RewardConfig, "pairs"),
+    "grpo": (trl.GRPOTrainer, trl.GRPOConfig, "prompts"),
 }
 
 
@@ -40,10 +41,15 @@ class Clock(TrainerCallback):
             self.started = self.ended
 
 
+def length(completions: list[list[dict[str, str]]], **columns: Any) -> list[float]:
+    """A reward that costs nothing."""
+    return [float(len(completion[0]["content"]) % 17) for completion in completions]
+
+
 def main() -> None:
     """Train and print."""
     method, model, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
-    o: dict[str, Any] = {"assets": ".", "batch": 8, "max_length": 512, "device": "cpu", "threads": 2}
+    o: dict[str, Any] = {"assets": ".", "batch": 8, "max_length": 512, "device": "cpu", "threads": 2, "new_tokens": 64}
     more: dict[str, Any] = {}
     for text in sys.argv[4:]:
         key, value = text.split("=", 1)
@@ -56,16 +62,23 @@ def main() -> None:
     place = str(Path(o["assets"]) / model)
     file = str(Path(o["assets"]) / f"{rows}.jsonl")
     data = load_dataset("json", data_files=file, split=f"train[:{steps * o['batch']}]")
+    # A batch of GRPO is its answers, four to a prompt.
+    more |= (
+        {"num_generations": 4, "max_completion_length": o["new_tokens"]}
+        if method == "grpo"
+        else {"max_length": o["max_length"]}
+    )
     config = config_class(
-        output_dir="out", per_device_train_batch_size=o["batch"], max_steps=steps, max_length=o["max_length"],
+        output_dir="out", per_device_train_batch_size=o["batch"], max_steps=steps,
         learning_rate=1e-4, lr_scheduler_type="constant", optim="adamw_torch_fused", weight_decay=0.0, use_cpu=not cuda,
         bf16=cuda, gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=steps,
         disable_tqdm=True, seed=0, **more,
     )  # fmt: skip
     clock = Clock()
+    rewards = {"reward_funcs": length} if method == "grpo" else {}
     trainer = trainer_class(
         model=place, args=config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(place),
-        callbacks=[clock],
+        callbacks=[clock], **rewards,
     )  # fmt: skip
     trainer.train()
     seconds = clock.ended - clock.started

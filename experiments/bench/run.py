@@ -56,6 +56,7 @@ def cases(device: str) -> list[Case]:
             Case("reward", "reward", 10),
             Case("dpo", "dpo", 8),
             Case("ppo", "ppo", 4, "trl-ppo", ["batch=32"], ["batch=32"]),
+            Case("grpo", "grpo", 6, "trl", ["batch=32", "new_tokens=64"], ["batch=32", "new_tokens=64"]),
         ]
     return [
         Case("sft", "sft", 60, ours=["batch=32"], theirs=["batch=32"]),
@@ -63,6 +64,7 @@ def cases(device: str) -> list[Case]:
         Case("reward", "reward", 40, ours=["batch=32"], theirs=["batch=32"]),
         Case("dpo", "dpo", 40, ours=["batch=32"], theirs=["batch=32"]),
         Case("ppo", "ppo", 6, "trl-ppo", ["batch=64"], ["batch=64"]),
+        Case("grpo", "grpo", 8, "trl", ["batch=64", "new_tokens=64"], ["batch=64", "new_tokens=64"]),
     ]
 
 
@@ -155,7 +157,7 @@ def main() -> None:
         task = progress.add_task("rounds", total=2 * told.rounds * len(chosen))
         for _ in range(told.rounds):
             for case in chosen:
-                size = "m3" if case.method == "ppo" and told.device == "cpu" else model
+                size = "m3" if case.method in ("ppo", "grpo") and told.device == "cpu" else model
                 for side, python in (("ours", pythons["ours"]), ("peer", pythons[case.peer])):
                     runs[case.name][side].append(once(case.command(side, str(python), size, common)))
                     progress.advance(task)
@@ -182,7 +184,14 @@ def main() -> None:
         "results": results,
     }
     told.out.mkdir(parents=True, exist_ok=True)
-    (told.out / f"{told.device}.json").write_text(json.dumps(written, indent=2) + "\n")
+    # What `--only` left out stays as an earlier run measured it.
+    file = told.out / f"{told.device}.json"
+    if told.only and file.exists():
+        earlier = json.loads(file.read_text())
+        for key in ("versions", "ratios", "memory_ratios", "results"):
+            written[key] = earlier[key] | written[key]
+        results = written["results"]
+    file.write_text(json.dumps(written, indent=2) + "\n")
     figure(results, told.out / f"{told.device}.svg")
     print(table(results))
 

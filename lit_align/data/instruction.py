@@ -9,13 +9,14 @@ from typing import Any
 
 from lit_align.data.base import TextDataModule
 from lit_align.data.fit import chunk, fit
-from lit_align.data.rows import BadField, Row, Tally
+from lit_align.data.rows import BadField, Row, Tally, user
 from lit_align.data.store import Item
 from lit_align.types import Example, PackedBatch, Segment
 
 
 def group_of(prompt: Any) -> str:
-    """A hash of a prompt: what the validation split keeps together."""
+    """A hash of a prompt, a text being the user's turn that it becomes: what the validation split keeps together."""
+    prompt = user(prompt) if isinstance(prompt, str) else prompt
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -29,7 +29,7 @@ from lit_align.data.source import OnBadRow, Source
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
-VERSION = 1
+VERSION = 2
 
 FEATURES = Features(
     {

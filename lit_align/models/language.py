@@ -67,8 +67,8 @@ class LanguageModel(TreeModel):
         training = self.hf.training
         self.hf.eval()
         ids = torch.zeros(1, 3, dtype=torch.long, device=self.hf.device)
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
-        own, ours = self.hf(input_ids=ids, use_cache=False).logits, self.logits(hidden)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        own, ours = self.hf(**inputs).logits, self.logits(self.backbone(**inputs).last_hidden_state)
         self.hf.train(training)
         if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * own.float().abs().max().item()):
             raise ValueError(

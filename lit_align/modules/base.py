@@ -158,7 +158,12 @@ class AlignModule(LightningModule):
         with memory_for(f"the forward of {self._work}", self.memory_option):
             return self.micro_step(batch)
 
-    memory_option = "data.micro_batch_tokens (or data.batch_size, accumulating over more batches)"
+    @property
+    def memory_option(self) -> str:
+        """What to lower when a micro-batch does not fit."""
+        if not self.automatic_optimization:
+            return "model.micro_batch_size"
+        return "data.micro_batch_tokens (or data.batch_size, accumulating over more batches)"
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Lightning's own, which says what it was at should there be no memory left."""

@@ -14,6 +14,7 @@ from lit_align.models.load import load_causal_lm, load_tokenizer
 from lit_align.models.lora import adapters_off, has_lora
 from lit_align.models.network import Network
 from lit_align.modules.base import AlignModule
+from lit_align.modules.memory import memory_for
 from lit_align.rollout import Engine, Sampling, TransformersEngine
 from lit_align.types import Completion, PackedBatch, PromptBatch, Rollout
 
@@ -59,7 +60,9 @@ class PolicyModule(AlignModule):
 
     def answer(self, batch: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
         """Sample answers to prompts; a function of the seed."""
-        answers = self.engine(self.policy, batch.prompts, sampling, self.stop_ids(), seed)
+        count = min(len(batch.prompts), sampling.batch_size) * sampling.samples
+        with memory_for(f"a rollout of {count:,} answers at once", "model.sampling.batch_size"):
+            answers = self.engine(self.policy, batch.prompts, sampling, self.stop_ids(), seed)
         prompts = [prompt for prompt, given in zip(batch.prompts, answers, strict=True) for _ in given]
         rows = [row for row, given in zip(batch.rows, answers, strict=True) for _ in given]
         completions: list[Completion] = [completion for given in answers for completion in given]

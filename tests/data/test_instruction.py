@@ -135,6 +135,7 @@ def test_groups_are_prompts() -> None:
     hi = [{"role": "user", "content": "Hi"}]
     # The same prompt is the same group, whatever the format and the answer.
     assert group("alpaca without input") == group("messages") == group("instances") == group_of(hi)
+    assert group_of("Hi") == group_of(hi)
     assert group("instances", 1) != group("instances", 0)
     trailing = {"messages": [*hi, {"role": "assistant", "content": "x"}, {"role": "user", "content": "Bye"}]}
     assert module().encode(trailing, Tally())[0].group == group_of(hi)

@@ -101,6 +101,27 @@ def test_not_enough_names_phase_work_and_option(phase: str, micro_batch_tokens: 
         quick_trainer(max_steps=1).fit(module, data)
 
 
+def test_ppo_names_its_own_options(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    tiny_folder(tmp_path / "policy")
+    tiny_folder(tmp_path / "reference", seed=1)
+    module, data = build("ppo", str(tmp_path / "policy"), tmp_path)
+    says = "out of memory in the backward of a micro-batch: lower model.micro_batch_size"
+    forward = module.forward
+
+    def fails_in_backward(*call: Any, **options: Any) -> Any:
+        scored, values = forward(*call, **options)
+        return scored, FailsInBackward.apply(values) if values.requires_grad else values
+
+    module.forward = fails_in_backward
+    with pytest.raises(OutOfMemory, match=says):
+        quick_trainer(max_steps=1).fit(module, data)
+    module, data = build("ppo", str(tmp_path / "policy"), tmp_path)
+    module.engine = lambda *call: too_much()
+    with pytest.raises(OutOfMemory, match=r"in a rollout of 16 answers at once: lower model\.sampling\.batch_size"):
+        quick_trainer(max_steps=1).fit(module, data)
+
+
 def test_other_errors_pass_through() -> None:
     for error in (RuntimeError("shapes differ"), KeyError("x")):
         with pytest.raises(type(error), match=str(error.args[0])), memory_for("the rollout", "samples"):

@@ -395,7 +395,7 @@ def test_kl_in_the_loss_is_not_in_the_reward_and_pulls_to_the_reference(place: P
         fit(ppo, data(place))
         assert all(torch.equal(old.advantages_S, torch.zeros_like(old.advantages_S)) for old in ppo.seen[0][0])
         pulled[coefficient] = [means["kl_loss"].item() for means in ppo.means]
-    assert len(set(pulled[0.0])) == 1
+    assert max(pulled[0.0]) - min(pulled[0.0]) < 1e-5  # sums over micro-batches in another order each epoch
     assert pulled[0.0][0] == pulled[1.0][0] > 0
     assert pulled[1.0] == sorted(set(pulled[1.0]), reverse=True)
 
