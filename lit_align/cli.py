@@ -34,6 +34,7 @@ from lit_align.callbacks import (
 from lit_align.commands import COMMANDS
 from lit_align.config_error import ConfigError, explain
 from lit_align.data.files import expand
+from lit_align.doctor import examine
 from lit_align.sweep import config_files
 
 
@@ -101,6 +102,24 @@ class AlignCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
 
+class DoctorCLI(AlignCLI):
+    """Instantiates what `fit` would, writes nothing, and examines it."""
+
+    def before_instantiate_classes(self) -> None:
+        """No folder."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer without the run's loggers and callbacks."""
+        self.save_config_callback = None
+        return LightningCLI.instantiate_trainer(self, logger=False)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        findings = examine(self.trainer, self.model, self.datamodule)
+        print("\n".join(map(str, findings)))
+        if wrong := sum(finding.level == "wrong" for finding in findings):
+            raise ConfigError(f"{wrong} of {len(findings)} findings would spoil the run: see above")
+
+
 def _list(value: Any) -> list[Any]:
     """One, several or none, as a list."""
     return [] if value is None else list(value) if isinstance(value, Iterable) else [value]
@@ -143,6 +162,7 @@ USAGE = """usage: lit-align COMMAND [options]
 
   fit, validate, test, predict   LightningCLI: -c FILE.yaml, dotted overrides (--model.network.name=...), --out FOLDER,
                                  --print_config; `lit-align fit --help` lists them, `--model.help PPOModule` explains
+  doctor FILE                    what would spoil a fit with this configuration, in seconds
   demo                           the embedded world end to end: SFT, reward model, PPO and DPO, with a report
   pipeline FILE                  the stages of a file, in order, resumable
   sweep FILE                     the points of a W&B sweep file, one after another, resumable
@@ -170,12 +190,16 @@ def main(args: list[str] | None = None) -> Any:
         return None
     if args[0] in COMMANDS:
         return COMMANDS[args[0]](args[1:])
+    cli = AlignCLI
+    if args[0] == "doctor":
+        cli, args = DoctorCLI, ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
     if args[0] not in AlignCLI.subcommands():
-        raise ConfigError(f"unknown command {args[0]!r}: choose {', '.join([*AlignCLI.subcommands(), *COMMANDS])}")
+        known = [*AlignCLI.subcommands(), "doctor", *COMMANDS]
+        raise ConfigError(f"unknown command {args[0]!r}: choose {', '.join(known)}")
     for file in filter(Path.is_file, config_files(args)):
         _check_syntax(file)
     with _quiet_start(), _own_wandb_run():
-        return _lightning(args)
+        return _lightning(args, cli)
 
 
 def _check_syntax(file: Path) -> None:
@@ -192,9 +216,9 @@ def _check_syntax(file: Path) -> None:
         raise ConfigError(f"{file} holds {held}, expected a mapping with the keys of a configuration")
 
 
-def _lightning(args: list[str]) -> AlignCLI:
+def _lightning(args: list[str], cli: type[AlignCLI] = AlignCLI) -> AlignCLI:
     try:
-        return AlignCLI(
+        return cli(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,

@@ -21,6 +21,7 @@ BELOW = {
     "callbacks": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
     "evaluation": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
     "steps": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
+    "doctor": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
     "pipeline": {"callbacks"},
     "report": set(),
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
@@ -28,7 +29,7 @@ BELOW = {
     "config_error": set(),
     "sweep": {"callbacks", "pipeline"},
     "commands": {"config_error", "pipeline", "sweep", "report", "cli"},
-    "cli": {"data", "models", "modules", "rewards", "callbacks", "commands", "sweep", "config_error"},
+    "cli": {"data", "models", "modules", "rewards", "callbacks", "commands", "doctor", "sweep", "config_error"},
     "__main__": {"cli"},
     "__init__": {"data", "models", "modules", "rewards", "rollout"},
 }

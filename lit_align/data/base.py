@@ -213,6 +213,24 @@ class TextDataModule(LightningDataModule):
             for source, store in zip(self.sources[part] or (), stores, strict=True)
         ]
 
+    def training_items(self, limit: int) -> list[Item]:
+        """The first examples that training will see."""
+        order = self._training_order()
+        return [self._stores["train"][s][i] for s, i in (order[n] for n in range(min(limit, len(order))))]
+
+    def longest_item(self) -> Item:
+        """The training example with the most tokens, all its answers counted."""
+        store, item = max(
+            ((s, int(i)) for s, items in enumerate(self._training_order().sources) for i in items),
+            key=lambda ref: self._lengths[ref[0]][ref[1]],
+        )
+        return self._stores["train"][store][item]
+
+    def shared_prompts(self) -> int:
+        """Prompts of the `val` sources that are trained on, too."""
+        train, val = ({g for store in self._stores.get(part, []) for g in store.groups()} for part in ("train", "val"))
+        return len(train & val)
+
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
         """Lay examples out in rows, as this data module's options say."""
         return pack(examples, self.row_tokens, self.share_prefix, self.packing)

@@ -128,6 +128,8 @@ def _takes_trees(backbone: PreTrainedModel, by_tree: bool = False) -> bool:
     try:
         alone = unpack(batch)
         expected = hidden_states_unpacked(backbone, alone)[alone.last_Q]
+        if not expected.isfinite().all():
+            raise ValueError(f"{backbone.config.name_or_path}: some weights are not finite, and so is no output")
         try:
             got = (hidden_states_by_tree if by_tree else hidden_states)(backbone, batch)[batch.last_Q]
         except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):

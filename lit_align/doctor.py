@@ -1,0 +1,226 @@
+"""What would spoil a long run, found in seconds: `lit-align doctor FILE`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning import LightningDataModule, LightningModule, Trainer
+
+from lit_align.data.base import TextDataModule
+from lit_align.data.prompt import PromptDataModule
+from lit_align.modules.base import AlignModule
+from lit_align.modules.dpo import DPOModule
+from lit_align.modules.memory import MIB, memory_budget
+from lit_align.modules.ppo import PPOModule
+from lit_align.types import Example, PreferenceBatch, Segment
+
+# Examples that are looked at one by one.
+SAMPLE = 512
+
+
+class Finding(NamedTuple):
+    """What a check found.
+
+    Attributes:
+        level: ok; look, which may be meant; or wrong, which spoils the run.
+        check: its name.
+        says: what was found, in numbers, and the way out where one is needed.
+    """
+
+    level: Literal["ok", "look", "wrong"]
+    check: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"{self.level:5}  {self.check:11}  {self.says}"
+
+
+def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> list[Finding]:
+    """Run every check that applies.
+
+    Args:
+        trainer: for its device and its precision; nothing is trained.
+        module: one of the four methods, or a user's own `AlignModule`.
+        data: one of the three data modules, or a user's own `TextDataModule`.
+
+    Raises:
+        ValueError: module or data are of another kind.
+    """
+    if not isinstance(module, AlignModule) or not isinstance(data, TextDataModule):
+        kinds = f"{type(module).__name__} and {type(data).__name__}"
+        raise ValueError(f"doctor knows the modules and data modules of lit_align, not {kinds}")
+    data.prepare_data()
+    data.setup("fit")
+    findings = [*rows(data), *held_out(data)]
+    if not isinstance(data, PromptDataModule):
+        findings += answers(data)
+    findings += beginnings(data)
+    module.configure_model()
+    module.to(trainer.strategy.root_device)
+    findings += memory(module)
+    with trainer.precision_plugin.forward_context():
+        if isinstance(module, PPOModule):
+            return [*findings, *rollout(module, data)]
+        if isinstance(module, DPOModule):
+            findings += reference(module, data)
+        return [*findings, *longest(module, data)]
+
+
+def rows(data: TextDataModule) -> Iterator[Finding]:
+    """What happened to the rows: skipped, truncated."""
+    for entry in data.manifest():
+        counts, name = entry["counts"], f"{entry['part']} data {entry['name']}"
+        examples = max(counts.get("examples", 0), 1)
+        if skipped := counts.get("skipped", 0):
+            share = skipped / max(counts.get("rows", 0), 1)
+            level: Literal["look", "wrong"] = "wrong" if share > 0.5 else "look"
+            yield Finding(level, "rows", f"{name}: {skipped:,} rows are skipped ({share:.0%}); the first one is above")
+        cut = counts.get("truncated", 0)
+        says = f"{name}: {cut:,} of {examples:,} examples are cut to {data.max_length:,} tokens ({cut / examples:.0%})"
+        if cut / examples > 0.05:
+            yield Finding("look", "truncation", f"{says}: raise data.max_length")
+        else:
+            yield Finding("ok", "truncation", says)
+
+
+def held_out(data: TextDataModule) -> Iterator[Finding]:
+    """Whether validation sees prompts that training has seen."""
+    if data.sources["val"] is None:
+        share = data.val_fraction
+        if share:
+            yield Finding("ok", "validation", f"{share:.0%} of the prompts are held out, none is on both sides")
+        else:
+            yield Finding("look", "validation", "nothing is held out: set data.val_fraction, or give data.val")
+    elif shared := data.shared_prompts():
+        yield Finding(
+            "wrong", "validation", f"{shared:,} prompts of data.val are trained on, too: take them out of one"
+        )
+    else:
+        yield Finding("ok", "validation", "no prompt of data.val is trained on")
+
+
+def answers(data: TextDataModule) -> Iterator[Finding]:
+    """Whether scored answers end with a token that stops generation."""
+    sequences = [s for item in data.training_items(SAMPLE) for s in (item.example.branches or [item.example.trunk])]
+    texts = sum(all(s.scored[1:]) for s in sequences)
+    if texts == len(sequences) and not any(item.example.branches for item in data.training_items(1)):
+        yield Finding("ok", "stop token", "plain text: every token is scored, and none needs to stop")
+        return
+    stops = set(data.stop_ids)
+    ending = sum(bool(s.tokens) and s.scored[-1] and s.tokens[-1] in stops for s in sequences)
+    says = f"{ending:,} of {len(sequences):,} answers end with a scored stop token"
+    if ending == len(sequences):
+        yield Finding("ok", "stop token", says)
+    elif ending:
+        yield Finding("look", "stop token", f"{says}: the others are cut, or their rows say that they are unfinished")
+    else:
+        yield Finding("wrong", "stop token", f"{says}: the model would not learn to stop; see data.chat_template")
+
+
+def beginnings(data: TextDataModule) -> Iterator[Finding]:
+    """Two tokens of beginning, as a template and a tokenizer that both write one make them; and the padding token."""
+    tokenizer: Any = data.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is not None:
+        heads = [list(item.example.trunk.tokens[:2]) for item in data.training_items(SAMPLE)]
+        double = sum(head == [bos, bos] for head in heads)
+        if double:
+            says = f"{double:,} of {len(heads):,} examples begin with two beginning-of-text tokens"
+            yield Finding("wrong", "beginning", f"{says}: take it out of data.chat_template")
+        else:
+            yield Finding("ok", "beginning", "no example begins with two beginning-of-text tokens")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        yield Finding("look", "padding", "the padding token is the stop token: harmless here, not in every other tool")
+
+
+def memory(module: AlignModule) -> Iterator[Finding]:
+    """Weights, gradients and optimizer state against what there is."""
+    roles = memory_budget(module, [module.optimizer(module.parameter_groups())])
+    need = sum(role.weights + role.training for role in roles)
+    here = sum(role.weights for role in roles)
+    if module.device.type == "cuda":
+        room = torch.cuda.mem_get_info(module.device)[0] + here
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + here
+    else:
+        return
+    says = f"{need / MIB:,.0f} MiB before activations, of {room / MIB:,.0f} MiB: {'; '.join(map(str, roles))}"
+    if need > room:
+        yield Finding("wrong", "memory", f"{says}: train adapters (network.lora), or a smaller model")
+    else:
+        yield Finding("look" if need > 0.8 * room else "ok", "memory", says)
+
+
+@torch.no_grad()
+def reference(module: DPOModule, data: TextDataModule) -> Iterator[Finding]:
+    """Whether policy and reference agree before the first step: the loss of DPO is then log 2, and KL is 0."""
+    if not module.needs_reference:
+        return
+    batch: PreferenceBatch = _on(module, data.collate(data.training_items(2)))
+    module.eval()
+    packed = batch.packed
+    gap = (module.policy(packed).sums(packed) - module.reference_sums(batch)).abs().max().item()
+    module.train()
+    if gap < 1e-2:
+        yield Finding("ok", "reference", f"equals the policy before training, to {gap:.1e} nats an answer")
+    else:
+        says = f"differs from the policy before training, by up to {gap:.2f} nats an answer"
+        yield Finding("look", "reference", f"{says}: leave model.reference out, unless that is meant")
+
+
+def longest(module: AlignModule, data: TextDataModule) -> Iterator[Finding]:
+    """Forward and backward of the longest example."""
+    item = data.longest_item()
+    module.train()
+    module.micro_step(_on(module, data.collate([item]))).backward()
+    yield from gradients(f"the longest example, {_tokens(item.example):,} tokens", module)
+    module.zero_grad()
+
+
+def rollout(module: PPOModule, data: TextDataModule) -> Iterator[Finding]:
+    """Two prompts answered and scored."""
+    batch = data.collate(data.training_items(2))
+    sampling = replace(module.sampling, max_new_tokens=min(module.sampling.max_new_tokens, 32))
+    answered = module.answer(batch, sampling, seed=0)
+    scores = module.reward(answered)
+    lengths = [len(completion.tokens) for completion in answered.completions]
+    says = f"{len(lengths)} answers of up to {max(lengths)} tokens, rewards {scores.min():.2f} to {scores.max():.2f}"
+    yield Finding("ok", "rollout", says)
+    examples = answered.examples()
+    packed = _on(module, data.pack(examples))
+    module.train()
+    scored, _ = module(packed)
+    scored.logps_S.sum().backward()
+    yield from gradients(f"these answers, {sum(map(_tokens, examples)):,} tokens", module.policy)
+    module.zero_grad()
+
+
+def gradients(what: str, module: torch.nn.Module) -> Iterator[Finding]:
+    """Whether every trained parameter has a gradient by now, and a finite one."""
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    without = [name for name, parameter in trained.items() if parameter.grad is None]
+    if not all(bool(p.grad.isfinite().all()) for p in trained.values() if p.grad is not None):
+        yield Finding(
+            "wrong", "gradient", f"not finite after {what}: look at the weights; fp16 overflows, bf16 does not"
+        )
+    elif without:
+        says = f"{len(without)} trained parameters have none after {what}, the first being {without[0]}"
+        yield Finding("look", "gradient", f"{says}: under DDP set strategy: ddp_find_unused_parameters_true")
+    else:
+        yield Finding("ok", "gradient", f"forward and backward of {what}: finite")
+
+
+def _tokens(example: Example) -> int:
+    segments: Sequence[Segment] = [example.trunk, *example.branches]
+    return sum(len(segment.tokens) for segment in segments)
+
+
+def _on(module: AlignModule, batch: Any) -> Any:
+    """A batch on the module's device."""
+    if isinstance(batch, tuple):
+        return type(batch)(*(_on(module, part) for part in batch))
+    return batch.to(module.device) if isinstance(batch, torch.Tensor) else batch
