@@ -2,6 +2,7 @@
 
 from lit_align.callbacks.checkpoint import RunCheckpoint
 from lit_align.callbacks.completions import CompletionsTable
+from lit_align.callbacks.divergence import Diverged, DivergenceGuard
 from lit_align.callbacks.export import HFExport
 from lit_align.callbacks.manifest import Manifest
 from lit_align.callbacks.metrics_csv import MetricsCSV
@@ -11,6 +12,8 @@ from lit_align.callbacks.save_config import SaveRunConfig
 
 __all__ = [
     "CompletionsTable",
+    "Diverged",
+    "DivergenceGuard",
     "HFExport",
     "Manifest",
     "MetricsCSV",

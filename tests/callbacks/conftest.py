@@ -24,7 +24,13 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def fit(parts: tuple[str, Path], tmp_path: Path) -> Callable[..., Trainer]:
     """Fit an SFT module for four batches, one epoch, with some callbacks; without the command line."""
 
-    def run(*callbacks: Any, data: dict[str, Any] | None = None, network: Any = None, **options: Any) -> Trainer:
+    def run(
+        *callbacks: Any,
+        data: dict[str, Any] | None = None,
+        network: Any = None,
+        model: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Trainer:
         folder, rows = parts
         data = {"val_fraction": 0.0, "batch_size": 2, "cache_dir": "none", **(data or {})}
         options = {"max_epochs": 1, "enable_checkpointing": False, "logger": False, **options}
@@ -35,7 +41,7 @@ def fit(parts: tuple[str, Path], tmp_path: Path) -> Callable[..., Trainer]:
             default_root_dir=tmp_path,
             **options,
         )
-        module = SFTModule(network or Network(folder))
+        module = SFTModule(network or Network(folder), **(model or {}))
         trainer.fit(module, InstructionDataModule(folder, [Source(str(rows / "demos.json"))], **data))
         return trainer
 
