@@ -1,4 +1,4 @@
-"""The commands that are not LightningCLI's: pipeline, demo, sweep, report."""
+"""The commands that are not LightningCLI's: pipeline, demo, sweep, chat, report."""
 
 from __future__ import annotations
 
@@ -70,6 +70,27 @@ def sweep(args: list[str]) -> dict[str, Any]:
     return result
 
 
+def chat(args: list[str]) -> None:
+    """Talk to a model in the terminal."""
+    parser = _Parser(prog="lit-align chat", description=chat.__doc__, allow_abbrev=False)
+    parser.add_argument("model", help="folder, as a run leaves it, or name on the hub")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
+    parser.add_argument("--system", help="a first message")
+    told = parser.parse_args(args)
+    from lit_align.chat import Chat, converse
+
+    lines = iter(lambda: _asked("> "), "")
+    converse(Chat(told.model, told.temperature, told.max_new_tokens, told.system), lines)
+
+
+def _asked(prompt: str) -> str:
+    try:
+        return input(prompt)
+    except EOFError:
+        return ""
+
+
 def report(args: list[str]) -> Path:
     """Write report.html for the folder of a pipeline's run, or of a sweep's."""
     parser = _Parser(prog="lit-align report", description=report.__doc__, allow_abbrev=False)
@@ -138,5 +159,6 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "demo": demo,
     "pipeline": pipeline,
     "sweep": sweep,
+    "chat": chat,
     "report": report,
 }

@@ -187,7 +187,10 @@ def test_a_mistake_in_an_argument(written: Write, more: list[str], line: str) ->
 
 
 COMMANDS = [
-    (["train"], "unknown command 'train': choose fit, validate, test, predict, doctor, demo, pipeline, sweep, report"),
+    (
+        ["train"],
+        "unknown command 'train': choose fit, validate, test, predict, doctor, demo, pipeline, sweep, chat, report",
+    ),
     (["fit"], "missing data, model"),
     (["validate", "--data=InstructionDataModule"], "data: missing tokenizer, train"),
     (["fit", "-c", "nofile.yaml"], "config: File does not exist: "),

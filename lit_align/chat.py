@@ -1,0 +1,74 @@
+"""Talk to a model in the terminal: `lit-align chat FOLDER`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TextStreamer
+
+from lit_align.models.load import load_tokenizer
+
+HELP = "/new begins a new conversation, /quit or an empty line ends"
+
+
+class Chat:
+    """A conversation with a model, which answers as it was trained to: by its chat template, up to its stop tokens.
+
+    Args:
+        name: folder or hub name.
+        temperature: of the sampling; 0 takes the most probable token.
+        max_new_tokens: of an answer.
+        system: a first message, if the template takes one.
+
+    Raises:
+        ValueError: no such model, or no chat template.
+    """
+
+    def __init__(
+        self, name: str, temperature: float = 0.7, max_new_tokens: int = 256, system: str | None = None
+    ) -> None:
+        self.tokenizer: Any = load_tokenizer(name)
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"{name!r} has no chat template: it was not trained to answer")
+        try:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"cannot load {name!r} as a language model: {reason}") from error
+        if torch.cuda.is_available():
+            self.model = self.model.to("cuda")
+        self.begin = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self.begin)
+        sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self.options = {"max_new_tokens": max_new_tokens, **sampled}
+
+    def new(self) -> None:
+        """Forget what was said."""
+        self.messages = list(self.begin)
+
+    def say(self, text: str, streamer: TextStreamer | None = None) -> str:
+        """An answer to a message and to all that was said before it."""
+        self.messages.append({"role": "user", "content": text})
+        inputs = self.tokenizer.apply_chat_template(
+            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(self.model.device)
+        with torch.no_grad():
+            output = self.model.generate(**inputs, **self.options, streamer=streamer)
+        answer: str = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+
+def converse(chat: Chat, lines: Iterable[str], write: Callable[[str], Any] = print) -> None:
+    """Answer line after line, token by token, until there are none or one is empty."""
+    write(HELP)
+    for line in lines:
+        text = line.strip()
+        if text in ("", "/quit"):
+            return
+        if text == "/new":
+            chat.new()
+            continue
+        chat.say(text, TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
