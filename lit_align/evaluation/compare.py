@@ -24,6 +24,7 @@ class ComparePolicies:
         rewards: by name.
         sampling: how answers are drawn.
         seed: of the sampling.
+        device: where policies and rewards run; auto for a GPU if there is one.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class ComparePolicies:
         rewards: dict[str, Reward],
         sampling: Sampling | None = None,
         seed: int = 0,
+        device: str = "auto",
     ) -> None:
         if reference not in policies:
             raise ValueError(f"reference {reference!r} is none of the policies: {', '.join(policies)}")
@@ -43,6 +45,7 @@ class ComparePolicies:
         self.rewards = rewards
         self.sampling = sampling or Sampling()
         self.seed = seed
+        self.device = device
 
     def run(self, out: Path) -> dict[str, float]:
         """Write `samples.jsonl`; return means, and gains over the reference with their standard errors."""
@@ -51,15 +54,16 @@ class ComparePolicies:
         batches = list(self.data.val_dataloader())
         prompts = [prompt for batch in batches for prompt in batch.prompts]
         rows = [row for batch in batches for row in batch.rows]
-        reference = Policy(self.policies[self.reference])
+        reference = Policy(self.policies[self.reference], self.device)
         for reward in self.rewards.values():
             reward.load(reference.tokenizer)
+            reward.to(reference.device)
         figures: dict[str, float] = {"prompts": float(len(prompts))}
         scores: dict[str, dict[str, Tensor]] = {}
         out.mkdir(parents=True, exist_ok=True)
         with (out / "samples.jsonl").open("w") as file:
             for name, folder in self.policies.items():
-                policy = Policy(folder)
+                policy = Policy(folder, self.device)
                 rollout = policy.answer(prompts, rows, self.sampling, self.seed)
                 scores[name] = {reward: score(rollout) for reward, score in self.rewards.items()}
                 figures |= _measures(name, rollout, sequence_kl(policy, reference, rollout))

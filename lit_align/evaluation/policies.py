@@ -21,13 +21,13 @@ class Policy:
 
     Args:
         folder: Hugging Face folder or hub name.
-        device: where to run.
+        device: where to run; auto for a GPU if there is one.
     """
 
-    def __init__(self, folder: str, device: str | torch.device = "cpu") -> None:
-        self.model = LanguageModel(load_causal_lm(Network(folder))).eval().requires_grad_(False).to(device)
+    def __init__(self, folder: str, device: str = "auto") -> None:
+        self.device = device_of(device)
+        self.model = LanguageModel(load_causal_lm(Network(folder))).eval().requires_grad_(False).to(self.device)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-        self.device = torch.device(device)
 
     def answer(
         self, prompts: Sequence[Tensor], rows: Sequence[dict[str, Any]], sampling: Sampling, seed: int
@@ -57,6 +57,11 @@ class Policy:
             batch = PackedBatch(*(x.to(self.device) for x in pack(part.examples())))
             sums.append(sum_by_sequence(self.model(batch).logps_S, batch.sequence_S, batch.num_sequences))
         return torch.cat(sums).cpu()
+
+
+def device_of(name: str) -> torch.device:
+    """A device by its name; auto is a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
 
 
 def sequence_kl(policy: Policy, reference: Policy, rollout: Rollout) -> Tensor:

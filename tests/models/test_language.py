@@ -103,6 +103,15 @@ def test_who_attends_by_tree(tmp_path: Path) -> None:
     assert "lit_align" not in (tmp_path / "exported" / "config.json").read_text()
 
 
+def test_a_model_that_attends_by_tree_takes_the_mask_as_well() -> None:
+    """As it must when it is moved to a GPU."""
+    model = model_of(tiny_config("qwen3"), by_tree=True)
+    with norms_in_float64():
+        language = LanguageModel(model)
+        language.by_tree = False
+        assert (language(pack(examples(), row_tokens=60)).logps_S - alone(model)).abs().max() < 1e-12
+
+
 # Kills: trees lost, joined above the limit, or not joined below it; a group of chains taken for one chain.
 def test_small_trees_share_a_block_and_large_ones_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", 10)
