@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import TextStreamer
 
-from lit_align.models.load import load_tokenizer
+from lit_align.models.load import device_of, load_causal_lm, load_tokenizer
+from lit_align.models.network import Network
 
 HELP = "/new begins a new conversation, /quit or an empty line ends"
 
@@ -32,13 +33,9 @@ class Chat:
         self.tokenizer: Any = load_tokenizer(name)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{name!r} has no chat template: it was not trained to answer")
-        try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"cannot load {name!r} as a language model: {reason}") from error
-        if torch.cuda.is_available():
-            self.model = self.model.to("cuda")
+        device = device_of("auto")
+        network = Network(name, dtype="float32" if device.type == "cpu" else "bfloat16", attention="sdpa")
+        self.model: Any = load_causal_lm(network).eval().to(device)
         self.begin = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.begin)
         sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

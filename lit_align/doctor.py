@@ -16,7 +16,7 @@ from lit_align.modules.base import AlignModule
 from lit_align.modules.dpo import DPOModule
 from lit_align.modules.memory import MIB, memory_budget
 from lit_align.modules.ppo import PPOModule
-from lit_align.types import Example, PreferenceBatch, Segment
+from lit_align.types import Example, PreferenceBatch
 
 # Examples that are looked at one by one.
 SAMPLE = 512
@@ -56,9 +56,10 @@ def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule
     data.prepare_data()
     data.setup("fit")
     findings = [*rows(data), *held_out(data)]
+    examples = [item.example for item in data.training_items(SAMPLE)]
     if not isinstance(data, PromptDataModule):
-        findings += answers(data)
-    findings += beginnings(data)
+        findings += answers(data, examples)
+    findings += beginnings(data, examples)
     module.configure_model()
     module.to(trainer.strategy.root_device)
     findings += memory(module)
@@ -103,11 +104,10 @@ def held_out(data: TextDataModule) -> Iterator[Finding]:
         yield Finding("ok", "validation", "no prompt of data.val is trained on")
 
 
-def answers(data: TextDataModule) -> Iterator[Finding]:
+def answers(data: TextDataModule, examples: Sequence[Example]) -> Iterator[Finding]:
     """Whether scored answers end with a token that stops generation."""
-    sequences = [s for item in data.training_items(SAMPLE) for s in (item.example.branches or [item.example.trunk])]
-    texts = sum(all(s.scored[1:]) for s in sequences)
-    if texts == len(sequences) and not any(item.example.branches for item in data.training_items(1)):
+    sequences = [sequence for example in examples for sequence in (example.branches or [example.trunk])]
+    if not any(example.branches for example in examples[:1]) and all(all(s.scored[1:]) for s in sequences):
         yield Finding("ok", "stop token", "plain text: every token is scored, and none needs to stop")
         return
     stops = set(data.stop_ids)
@@ -121,15 +121,14 @@ def answers(data: TextDataModule) -> Iterator[Finding]:
         yield Finding("wrong", "stop token", f"{says}: the model would not learn to stop; see data.chat_template")
 
 
-def beginnings(data: TextDataModule) -> Iterator[Finding]:
+def beginnings(data: TextDataModule, examples: Sequence[Example]) -> Iterator[Finding]:
     """Two tokens of beginning, as a template and a tokenizer that both write one make them; and the padding token."""
     tokenizer: Any = data.tokenizer
     bos = tokenizer.bos_token_id
     if bos is not None:
-        heads = [list(item.example.trunk.tokens[:2]) for item in data.training_items(SAMPLE)]
-        double = sum(head == [bos, bos] for head in heads)
+        double = sum(list(example.trunk.tokens[:2]) == [bos, bos] for example in examples)
         if double:
-            says = f"{double:,} of {len(heads):,} examples begin with two beginning-of-text tokens"
+            says = f"{double:,} of {len(examples):,} examples begin with two beginning-of-text tokens"
             yield Finding("wrong", "beginning", f"{says}: take it out of data.chat_template")
         else:
             yield Finding("ok", "beginning", "no example begins with two beginning-of-text tokens")
@@ -160,7 +159,7 @@ def reference(module: DPOModule, data: TextDataModule) -> Iterator[Finding]:
     """Whether policy and reference agree before the first step: the loss of DPO is then log 2, and KL is 0."""
     if not module.needs_reference:
         return
-    batch: PreferenceBatch = _on(module, data.collate(data.training_items(2)))
+    batch: PreferenceBatch = module.transfer_batch_to_device(data.collate(data.training_items(2)), module.device, 0)
     module.eval()
     packed = batch.packed
     gap = (module.policy(packed).sums(packed) - module.reference_sums(batch)).abs().max().item()
@@ -176,8 +175,9 @@ def longest(module: AlignModule, data: TextDataModule) -> Iterator[Finding]:
     """Forward and backward of the longest example."""
     item = data.longest_item()
     module.train()
-    module.micro_step(_on(module, data.collate([item]))).backward()
-    yield from gradients(f"the longest example, {_tokens(item.example):,} tokens", module)
+    batch = module.transfer_batch_to_device(data.collate([item]), module.device, 0)
+    module.micro_step(batch).backward()
+    yield from gradients(f"the longest example, {item.example.num_tokens:,} tokens", module)
     module.zero_grad()
 
 
@@ -190,12 +190,11 @@ def rollout(module: PPOModule, data: TextDataModule) -> Iterator[Finding]:
     lengths = [len(completion.tokens) for completion in answered.completions]
     says = f"{len(lengths)} answers of up to {max(lengths)} tokens, rewards {scores.min():.2f} to {scores.max():.2f}"
     yield Finding("ok", "rollout", says)
-    examples = answered.examples()
-    packed = _on(module, data.pack(examples))
+    packed = module.packed(answered)
     module.train()
     scored, _ = module(packed)
     scored.logps_S.sum().backward()
-    yield from gradients(f"these answers, {sum(map(_tokens, examples)):,} tokens", module.policy)
+    yield from gradients(f"these answers, {len(scored.logps_S):,} sampled tokens", module.policy)
     module.zero_grad()
 
 
@@ -213,14 +212,3 @@ def gradients(what: str, module: torch.nn.Module) -> Iterator[Finding]:
     else:
         yield Finding("ok", "gradient", f"forward and backward of {what}: finite")
 
-
-def _tokens(example: Example) -> int:
-    segments: Sequence[Segment] = [example.trunk, *example.branches]
-    return sum(len(segment.tokens) for segment in segments)
-
-
-def _on(module: AlignModule, batch: Any) -> Any:
-    """A batch on the module's device."""
-    if isinstance(batch, tuple):
-        return type(batch)(*(_on(module, part) for part in batch))
-    return batch.to(module.device) if isinstance(batch, torch.Tensor) else batch

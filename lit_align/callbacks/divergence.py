@@ -41,25 +41,27 @@ class DivergenceGuard(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *call: Any) -> None:
         """Look."""
-        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # One at a time: each is a tensor on the device, and reading it waits for the device.
         for name in ("train/loss", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm"):
-            if not math.isfinite(logged.get(name, 0.0)):
-                self._stop(trainer, f"{name} is {logged[name]}: lower the learning rate, or clip gradients")
-        if self.first_length is None:
-            self.first_length = logged.get("ppo/length")
+            value = _logged(trainer, name)
+            if value is not None and not math.isfinite(value):
+                self._stop(trainer, f"{name} is {value}: lower the learning rate, or clip gradients")
+        if self.length is not None and self.first_length is None:
+            self.first_length = _logged(trainer, "ppo/length")
         longest = None if self.length is None or self.first_length is None else self.length * self.first_length
         for name, limit, above in (
             ("ppo/kl", self.kl, True),
             ("ppo/entropy", self.entropy, False),
             ("ppo/length", longest, True),
         ):
-            if limit is None or name not in logged:
+            value = None if limit is None else _logged(trainer, name)
+            if limit is None or value is None:
                 continue
-            outside = logged[name] > limit if above else logged[name] < limit
+            outside = value > limit if above else value < limit
             self.crossed[name] = self.crossed.get(name, 0) + 1 if outside else 0
             if self.crossed[name] >= self.patience:
                 side = "above" if above else "below"
-                self._stop(trainer, f"{name} is {logged[name]:.4g}, {side} {limit:.4g}: raise kl_coef, or stop earlier")
+                self._stop(trainer, f"{name} is {value:.4g}, {side} {limit:.4g}: raise kl_coef, or stop earlier")
 
     def _stop(self, trainer: Trainer, why: str) -> None:
         checkpoint: Any = trainer.checkpoint_callback
@@ -74,3 +76,8 @@ class DivergenceGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.first_length, self.crossed = state_dict["first_length"], state_dict["crossed"]
+
+
+def _logged(trainer: Trainer, name: str) -> float | None:
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else float(value)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, load_causal_lm, load_tokenizer
+from lit_align.models.load import device_of
 from lit_align.rollout import Sampling, TransformersEngine
 from lit_align.types import PackedBatch, Rollout
 
@@ -57,11 +58,6 @@ class Policy:
             batch = PackedBatch(*(x.to(self.device) for x in pack(part.examples())))
             sums.append(sum_by_sequence(self.model(batch).logps_S, batch.sequence_S, batch.num_sequences))
         return torch.cat(sums).cpu()
-
-
-def device_of(name: str) -> torch.device:
-    """A device by its name; auto is a GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
 
 
 def sequence_kl(policy: Policy, reference: Policy, rollout: Rollout) -> Tensor:

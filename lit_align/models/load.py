@@ -69,6 +69,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
 
 
+def device_of(name: str) -> torch.device:
+    """A device by its name; auto is a GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+
+
 def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
     dtype = getattr(torch, network.dtype)
     remote = {"trust_remote_code": network.trust_remote_code}
