@@ -211,4 +211,3 @@ def gradients(what: str, module: torch.nn.Module) -> Iterator[Finding]:
         yield Finding("look", "gradient", f"{says}: under DDP set strategy: ddp_find_unused_parameters_true")
     else:
         yield Finding("ok", "gradient", f"forward and backward of {what}: finite")
-

@@ -80,12 +80,12 @@ class LanguageModel(TreeModel):
         self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0, entropies: bool = False
     ) -> TokenScores:
         """Score a batch under the distribution that temperature and nucleus shape; see `shape_logits`."""
-        hidden, rows = self.hidden(batch)
-        hidden_SH = hidden[rows.source_S]
+        hidden_SH, rows = self.hidden(batch)
         chunks = self._chunks(hidden_SH)
         if self._plain_head():
             weight_VH: Any = self.hf.get_output_embeddings().weight
-            limit = self.cached_bytes if hidden_SH.device.type == "cpu" else self.dense_bytes
+            # On a GPU only the scratch tensor is bounded, for which an eighth of the logits is enough.
+            limit = self.cached_bytes if hidden_SH.device.type == "cpu" else self.dense_bytes // 8
             chunk = max(min(limit, self.dense_bytes) // (4 * len(weight_VH)), 1)
             options = temperature, top_p, entropies, chunk, chunks == 1
             return TokenScores(*linear_logprobs(hidden_SH, weight_VH, rows.target_S, *options), hidden_SH)

@@ -34,8 +34,8 @@ class ScalarModel(TreeModel):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Raw score of each sequence, read at its last token. Shape (Q,)."""
-        hidden, rows = self.hidden(batch)
-        return self.head(hidden[rows.last_Q])
+        hidden_QH, _ = self.hidden(batch, "last_Q")
+        return self.head(hidden_QH)
 
     def rewards(self, batch: PackedBatch) -> Tensor:
         """Normalised reward of each sequence. Shape (Q,)."""
@@ -43,8 +43,8 @@ class ScalarModel(TreeModel):
 
     def values(self, batch: PackedBatch) -> Tensor:
         """Normalised value of the state before each scored token. Shape (S,)."""
-        hidden, rows = self.hidden(batch)
-        return (self.head(hidden[rows.source_S]) - self.mean) / self.std
+        hidden_SH, _ = self.hidden(batch)
+        return (self.head(hidden_SH) - self.mean) / self.std
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states to scalars, in fp32 at least."""

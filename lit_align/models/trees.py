@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from contextlib import nullcontext
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_align.functional.attention import tree_mask
 from lit_align.functional.packing import pack, unpack
+from lit_align.models.last_layer import only_read
 from lit_align.models.tree_attention import attends_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
 
@@ -35,40 +37,51 @@ def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dt
     return mask(window if not types or types == {"sliding_attention"} else None)
 
 
-def hidden_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states of every token of a batch, shape (R * N, H), by way of a mask over its rows."""
-    output = backbone(
-        input_ids=batch.tokens_RN,
-        position_ids=batch.positions_RN,
-        attention_mask=attention_mask(backbone.config, batch, backbone.dtype),
-        use_cache=False,
-    )
-    return output.last_hidden_state.flatten(0, 1)
+def read_states(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor, thrifty: bool) -> Tensor:
+    """Last hidden states of tokens of a batch, by way of a mask over its rows.
+
+    Args:
+        backbone: the transformer below the head.
+        batch: rows of trees.
+        read_S: which of its R * N tokens; any may occur twice.
+        thrifty: compute the last layer for these alone.
+
+    Returns:
+        Shape (S, H).
+    """
+    with only_read(backbone, read_S, batch.tokens_RN.shape) if thrifty else nullcontext():
+        output = backbone(
+            input_ids=batch.tokens_RN,
+            position_ids=batch.positions_RN,
+            attention_mask=attention_mask(backbone.config, batch, backbone.dtype),
+            use_cache=False,
+        )
+    return output.last_hidden_state.flatten(0, 1)[read_S]
 
 
-def hidden_states_by_tree(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The same tree by tree, all in one row: where rows end early, nothing is computed, and the states are 0."""
-    tree_M = batch.tree_RN.flatten()
-    at_T = torch.nonzero(tree_M >= 0)[:, 0]
+def read_states_by_tree(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor, thrifty: bool) -> Tensor:
+    """The same tree by tree, all in one row: where rows end early, nothing is computed."""
+    there_M = batch.tree_RN.flatten() >= 0
     tokens_T, tree_T, branch_T, positions_T = (
-        x.flatten()[at_T] for x in (batch.tokens_RN, tree_M, batch.branch_RN, batch.positions_RN)
+        x.flatten()[there_M] for x in (batch.tokens_RN, batch.tree_RN, batch.branch_RN, batch.positions_RN)
     )
-    output = backbone(
-        input_ids=tokens_T[None],
-        position_ids=positions_T[None],
-        # Nobody looks at it, but transformers makes one of its own if it gets none.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-        blocks=tree_blocks(tree_T, branch_T, positions_T, backbone.dtype),
-        use_cache=False,
-    )
-    states_TH = output.last_hidden_state[0]
-    return states_TH.new_zeros(len(tree_M), states_TH.shape[1]).index_copy(0, at_T, states_TH)
+    read_S = (there_M.cumsum(0) - 1)[read_S]
+    with only_read(backbone, read_S, tokens_T[None].shape) if thrifty else nullcontext():
+        output = backbone(
+            input_ids=tokens_T[None],
+            position_ids=positions_T[None],
+            # Nobody looks at it, but transformers makes one of its own if it gets none.
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
+            blocks=tree_blocks(tree_T, branch_T, positions_T, backbone.dtype),
+            use_cache=False,
+        )
+    return output.last_hidden_state[0][read_S]
 
 
-def hidden_states_unpacked(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def read_states_unpacked(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor) -> Tensor:
     """The same from a batch with one sequence a row, by way of the plain two-dimensional mask."""
     output = backbone(input_ids=batch.tokens_RN, attention_mask=(batch.tree_RN >= 0).long(), use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+    return output.last_hidden_state.flatten(0, 1)[read_S]
 
 
 class TreeModel(nn.Module):
@@ -82,6 +95,7 @@ class TreeModel(nn.Module):
         hf: the transformers model, head included.
         by_tree: whether it attends tree by tree, which is faster on a CPU.
         packs: whether the backbone takes trees at all.
+        thrifty: whether its last layer can be computed for single tokens.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
@@ -89,6 +103,7 @@ class TreeModel(nn.Module):
         self.hf = hf
         self.by_tree = attends_by_tree(self.backbone) and _takes_trees(self.backbone, by_tree=True)
         self.packs = self.by_tree or _takes_trees(self.backbone)
+        self.thrifty = self.packs and _takes_trees(self.backbone, self.by_tree, thrifty=True)
         if not self.packs:
             warnings.warn(
                 f"{type(self.backbone).__name__} takes no mask of trees: each sequence gets a row of its own, and "
@@ -101,17 +116,26 @@ class TreeModel(nn.Module):
         """The transformer below the head."""
         return cast(PreTrainedModel, self.hf.base_model)
 
-    def hidden(self, batch: PackedBatch) -> tuple[Tensor, PackedBatch]:
-        """Hidden states of shape (R * N, H), and the batch whose rows they are of."""
-        if self.packs:
-            by_tree = self.by_tree and batch.tokens_RN.device.type == "cpu"
-            return (hidden_states_by_tree if by_tree else hidden_states)(self.backbone, batch), batch
-        batch = unpack(batch)
-        return hidden_states_unpacked(self.backbone, batch), batch
+    def hidden(
+        self, batch: PackedBatch, read: Literal["source_S", "last_Q"] = "source_S"
+    ) -> tuple[Tensor, PackedBatch]:
+        """Last hidden states, and the batch whose rows they are of.
+
+        Args:
+            batch: R rows of N tokens.
+            read: which states: those that predict a scored token, shape (S, H), or those at the end of each sequence,
+                shape (Q, H).
+        """
+        if not self.packs:
+            batch = unpack(batch)
+            return read_states_unpacked(self.backbone, batch, getattr(batch, read)), batch
+        by_tree = self.by_tree and batch.tokens_RN.device.type == "cpu"
+        states = read_states_by_tree if by_tree else read_states
+        return states(self.backbone, batch, getattr(batch, read), self.thrifty), batch
 
 
 @torch.no_grad()
-def _takes_trees(backbone: PreTrainedModel, by_tree: bool = False) -> bool:
+def _takes_trees(backbone: PreTrainedModel, by_tree: bool = False, thrifty: bool = False) -> bool:
     if backbone.device.type == "meta":
         return True
     config = backbone.config.get_text_config()
@@ -127,11 +151,11 @@ def _takes_trees(backbone: PreTrainedModel, by_tree: bool = False) -> bool:
     backbone.eval()
     try:
         alone = unpack(batch)
-        expected = hidden_states_unpacked(backbone, alone)[alone.last_Q]
+        expected = read_states_unpacked(backbone, alone, alone.last_Q)
         if not expected.isfinite().all():
             raise ValueError(f"{backbone.config.name_or_path}: some weights are not finite, and so is no output")
         try:
-            got = (hidden_states_by_tree if by_tree else hidden_states)(backbone, batch)[batch.last_Q]
+            got = (read_states_by_tree if by_tree else read_states)(backbone, batch, batch.last_Q, thrifty)
         except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
             return False
     finally:
