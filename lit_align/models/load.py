@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lit_align.models.lora import add_lora
+from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
 from lit_align.models.tree_attention import attend_by_tree
 
@@ -110,7 +110,8 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
     if network.activation_checkpointing:
         # Renamed in transformers 5.20. Reentrant checkpointing loses the gradient of adapters below frozen embeddings.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        again = {} if network.lora is None else {"context_fn": same_adapters(model)}
+        enable({"use_reentrant": False, **again})
     return model, missing
 
 

@@ -38,6 +38,8 @@ class Network:
         activation_checkpointing: recompute activations in backward to save memory.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
+        shared: of PPO's value and reward: no model of its own, but adapters and a head on the policy's backbone. `name`
+            is the folder of a reward model's adapter; or the policy's own name, for a value that starts anew by `lora`.
     """
 
     name: str
@@ -49,3 +51,4 @@ class Network:
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
+    shared: bool = False

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_align.functional.logprobs import upcast
-from lit_align.models.trees import TreeModel
+from lit_align.models.trees import Read, TreeModel
 from lit_align.types import PackedBatch
 
 
-class ScalarModel(TreeModel):
-    """A transformers sequence-classification model with one label that scores packed batches.
+class Scorer(nn.Module):
+    """Scores packed batches by a scalar head on some backbone's hidden states.
 
     The last token of a sequence is found by the batch, never by comparing ids with the padding token: where padding
     and stop token are one id, that comparison reads the score of a finished answer before its end.
@@ -27,10 +27,19 @@ class ScalarModel(TreeModel):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, hf: PreTrainedModel) -> None:
-        super().__init__(hf)
-        self.register_buffer("mean", torch.tensor(float(getattr(hf.config, "reward_mean", 0.0))))
-        self.register_buffer("std", torch.tensor(float(getattr(hf.config, "reward_std", 1.0))))
+    def __init__(self, mean: float = 0.0, std: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean))
+        self.register_buffer("std", torch.tensor(std))
+
+    @property
+    def score(self) -> nn.Linear:
+        """The head."""
+        raise NotImplementedError
+
+    def hidden(self, batch: PackedBatch, read: Read = "source_S") -> tuple[Tensor, PackedBatch]:
+        """See `TreeModel.hidden`."""
+        raise NotImplementedError
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Raw score of each sequence, read at its last token. Shape (Q,)."""
@@ -48,13 +57,35 @@ class ScalarModel(TreeModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Hidden states to scalars, in fp32 at least."""
-        return _in_fp32(self.hf.score, hidden)
+        return _in_fp32(self.score, hidden)
+
+    def normalize(self, mean: float, std: float) -> None:
+        """Make rewards (score - mean) / std from here on."""
+        self.mean.fill_(mean)
+        self.std.fill_(std)
+
+
+class ScalarModel(TreeModel, Scorer):
+    """A transformers sequence-classification model with one label that scores packed batches."""
+
+    def __init__(self, hf: PreTrainedModel) -> None:
+        super().__init__(hf)
+        Scorer.normalize(self, *normalization(hf))
+
+    @property
+    def score(self) -> nn.Linear:
+        """The head."""
+        return cast(nn.Linear, self.hf.score)
 
     def normalize(self, mean: float, std: float) -> None:
         """Make rewards (score - mean) / std from here on, also in the exported folder."""
-        self.mean.fill_(mean)
-        self.std.fill_(std)
+        super().normalize(mean, std)
         self.hf.config.reward_mean, self.hf.config.reward_std = mean, std
+
+
+def normalization(hf: PreTrainedModel) -> tuple[float, float]:
+    """Mean and standard deviation that a reward model's folder carries."""
+    return float(getattr(hf.config, "reward_mean", 0.0)), float(getattr(hf.config, "reward_std", 1.0))
 
 
 class ValueHead(nn.Module):

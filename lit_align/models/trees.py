@@ -16,6 +16,8 @@ from lit_align.models.last_layer import only_read
 from lit_align.models.tree_attention import attends_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
 
+Read = Literal["source_S", "last_Q"]
+
 
 def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """The mask a model wants for packed rows: one, or one per type of layer where some see only a sliding window."""

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_align.models.lora import adapter_role
+
 MIB = 2**20
 
 
@@ -49,7 +51,7 @@ def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Ro
     """What each role of a module holds while it is trained.
 
     Args:
-        module: its children are the roles.
+        module: its children are the roles; adapters that one has on the backbone of another are its own.
         optimizers: of the Adam family's the state is two numbers a parameter, of others none is assumed.
     """
     states = {
@@ -59,15 +61,18 @@ def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Ro
         for parameter in group["params"]
     }
     seen: set[int] = set()
+    of_role: dict[str, list[nn.Parameter]] = {}
+    for child_name, child in module.named_children():
+        for name, parameter in child.named_parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                of_role.setdefault(adapter_role(name) or child_name, []).append(parameter)
     roles = []
-    for role, child in module.named_children():
-        own = [parameter for parameter in child.parameters() if id(parameter) not in seen]
-        seen |= {id(parameter) for parameter in own}
-        if own:
-            trained = [parameter for parameter in own if parameter.requires_grad]
-            training = sum(_bytes(parameter) * (1 + states.get(id(parameter), 0)) for parameter in trained)
-            counts = sum(p.numel() for p in own), sum(p.numel() for p in trained)
-            roles.append(RoleMemory(role, *counts, sum(map(_bytes, own)), training))
+    for role, own in of_role.items():
+        trained = [parameter for parameter in own if parameter.requires_grad]
+        training = sum(_bytes(parameter) * (1 + states.get(id(parameter), 0)) for parameter in trained)
+        counts = sum(p.numel() for p in own), sum(p.numel() for p in trained)
+        roles.append(RoleMemory(role, *counts, sum(map(_bytes, own)), training))
     return roles
 
 

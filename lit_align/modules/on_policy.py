@@ -70,6 +70,9 @@ class OnPolicyModule(PolicyModule):
     def load_rewards(self) -> None:
         """Load what scores answers, frozen."""
         for reward in (self.reward, *self.monitors.values()):
+            for part in reward.modules():
+                if isinstance(part, Reward):
+                    part.share(self.policy)
             reward.load(self.tokenizer)
             reward.requires_grad_(False)
 

@@ -22,9 +22,9 @@ from lit_align.functional.ppo import (
     ppo_value_loss,
 )
 from lit_align.models.language import TokenScores
-from lit_align.models.load import load_scorer
 from lit_align.models.network import Network
-from lit_align.models.scalar import ScalarModel, ValueHead
+from lit_align.models.roles import load_role, trained_apart
+from lit_align.models.scalar import Scorer, ValueHead
 from lit_align.modules.on_policy import OnPolicyModule
 from lit_align.rewards import Reward
 from lit_align.types import PackedBatch, PromptBatch, Rollout
@@ -67,8 +67,8 @@ class PPOModule(OnPolicyModule):
     Args:
         network: the policy, an SFT model.
         reward: what to maximise: a reward model's folder, a Python function, any `Reward`.
-        value: a value model of its own, initialised from this folder (the reward model's, usually); null puts a value
-            head on the policy's trunk. Of gae alone; the other estimators have none.
+        value: a value model, initialised from this folder (the reward model's, usually), of its own or `shared`; null
+            puts a value head on the policy's trunk. Of gae alone; the other estimators have none.
         advantage: gae (a value model), rloo, grpo, dr_grpo, reinforce++_baseline (at least two answers to a prompt),
             reinforce++ (the mean of the rollout) or remax (one more answer to each prompt, the greedy one).
         clip: epsilon of the policy's ratio.
@@ -96,7 +96,7 @@ class PPOModule(OnPolicyModule):
         options: those of `OnPolicyModule`; `sampling` is how rollouts are drawn, `sampling.samples` of each prompt.
     """
 
-    value: ScalarModel | ValueHead | None
+    value: Scorer | ValueHead | None
 
     def __init__(
         self,
@@ -166,17 +166,17 @@ class PPOModule(OnPolicyModule):
         if self.advantage != "gae":
             self.value = None
         elif self.value_network is not None:
-            self.value = ScalarModel(load_scorer(self.value_network))
+            self.value = load_role(self.value_network, self.policy, "value", trained=True)
         else:
             self.value = ValueHead(self.policy.hf.config.get_text_config().hidden_size).to(self.policy.hf.dtype)
         self.load_rewards()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Policy and value parameters, the latter at a rate of their own if asked."""
-        groups: list[dict[str, Any]] = [{"params": [p for p in self.policy.parameters() if p.requires_grad]}]
-        if self.value is not None:
-            own_rate = {} if self.value_lr is None else {"lr": self.value_lr}
-            groups.append({"params": [p for p in self.value.parameters() if p.requires_grad], **own_rate})
+        policy, value = trained_apart(self.policy, self.value)
+        groups: list[dict[str, Any]] = [{"params": policy}]
+        if value:
+            groups.append({"params": value, **({} if self.value_lr is None else {"lr": self.value_lr})})
         return groups
 
     def forward(self, batch: PackedBatch, entropies: bool = False) -> tuple[TokenScores, Tensor | None]:
@@ -329,7 +329,7 @@ class PPOModule(OnPolicyModule):
         }
         if warming_up:
             # A parameter without a gradient is one that the optimizer leaves alone, its weight decay and all.
-            for parameter in self.policy.parameters():
+            for parameter in self.parameter_groups()[0]["params"]:
                 parameter.grad = None
         return {**means, "grad_norm": self.step(take=not self.too_far(means["approx_kl"]))}
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.models.language import LanguageModel
 from lit_align.types import Rollout
 
 
@@ -17,6 +18,9 @@ class Reward(nn.Module):
     An nn.Module, so that whatever weights it has follow the run to its device. They are frozen and never saved with
     the checkpoint.
     """
+
+    def share(self, policy: LanguageModel) -> None:
+        """Take adapters to the policy's backbone, if this is a model that shares it; called before `load`."""
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load weights, if any; called once before training, with the policy's tokenizer."""

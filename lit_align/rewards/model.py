@@ -9,9 +9,12 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.data.chat import ChatEncoder
 from lit_align.data.source import expand
 from lit_align.functional.packing import pack
+from lit_align.models.language import LanguageModel
 from lit_align.models.load import load_scorer, load_tokenizer
+from lit_align.models.lora import has_lora
 from lit_align.models.network import Network
-from lit_align.models.scalar import ScalarModel
+from lit_align.models.roles import ScalarAdapter
+from lit_align.models.scalar import ScalarModel, Scorer
 from lit_align.rewards.base import Reward, checked
 from lit_align.types import Example, PackedBatch, Rollout, Segment
 
@@ -31,14 +34,23 @@ class ModelReward(Reward):
         super().__init__()
         self.network = network
         self.batch_size = batch_size
-        self.model: ScalarModel | None = None
+        self.model: Scorer | None = None
         self.encoder: ChatEncoder | None = None
+
+    def share(self, policy: LanguageModel) -> None:
+        """Put the adapter on the policy's backbone, if that is asked for; see `Reward`."""
+        if self.network.shared and self.model is None:
+            self.network.name = expand(self.network.name)
+            role = f"reward_{len(policy.hf.peft_config)}" if has_lora(policy) else "reward"
+            self.model = ScalarAdapter(policy, self.network, role)
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load the frozen weights; see `Reward`."""
         if self.model is not None:
             return
         self.network.name = expand(self.network.name)
+        if self.network.shared:
+            raise ValueError(f"{self.network.name}: shared needs a policy to share with, as PPO has one")
         self.model = ScalarModel(load_scorer(self.network, need_head=True)).requires_grad_(False)
         own = load_tokenizer(self.network.name)
         self.encoder = None if own.get_vocab() == tokenizer.get_vocab() else ChatEncoder(own)
@@ -48,7 +60,7 @@ class ModelReward(Reward):
         """Normalised rewards, shape (Q,)."""
         assert self.model is not None, "load() comes first"
         self.model.eval()  # whatever the trainer did: a reward must not drop units
-        device = self.model.hf.device
+        device = self.model.score.weight.device
         scores = []
         step = max(self.batch_size // rollout.samples, 1) * rollout.samples
         for first in range(0, rollout.num_sequences, step):

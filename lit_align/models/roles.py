@@ -1,0 +1,143 @@
+"""Several roles on one backbone: policy, value and reward are adapters on frozen weights that are the reference.
+
+Four models of PPO in the memory of one. A role is a set of adapters by its name and a scalar head; of a reward model
+they come from the folder that RewardModule leaves with `lora: {export: adapter}`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_align.models.language import LanguageModel
+from lit_align.models.load import load_scorer
+from lit_align.models.lora import ADAPTER, adapter_on, adapter_parameters, add_adapter, add_lora, has_lora
+from lit_align.models.network import Network
+from lit_align.models.scalar import ScalarModel, Scorer, normalization
+from lit_align.models.trees import Read
+from lit_align.types import PackedBatch
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# How peft names the weights of a model that it has wrapped.
+PREFIX = "base_model.model."
+
+
+class ScalarAdapter(Scorer):
+    """A reward or value model that is adapters and a head on another model's backbone.
+
+    Args:
+        policy: whose backbone; trained by adapters itself.
+        network: where adapters and head come from; see `Network.shared`.
+        role: name of the adapters.
+        trained: whether they are.
+
+    Raises:
+        ValueError: the policy has no adapters, or the folder holds none for this policy.
+    """
+
+    def __init__(self, policy: LanguageModel, network: Network, role: str, trained: bool = False) -> None:
+        super().__init__()
+        hf = policy.hf
+        if not has_lora(policy):
+            raise ValueError(f"{role}: shared means adapters on the policy's frozen weights: train it by network.lora")
+        # In a tuple it is no child: its weights are the policy's to move, to save and to count.
+        self.owner, self.role = (policy,), role
+        self.linear = nn.Linear(hf.config.get_text_config().hidden_size, 1, bias=False, dtype=hf.dtype)
+        if Path(network.name, CONFIG).exists():
+            self._load(hf, Path(network.name))
+        elif network.name == hf.name_or_path and network.lora is not None:
+            add_lora(hf, network.lora, role)
+            nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(self.linear.in_features + 1))
+        else:
+            raise ValueError(
+                f"{role}: {network.name!r} is neither the folder of an adapter (`lora: {{export: adapter}}` of the run "
+                f"that trains it) nor the policy's model, {hf.name_or_path!r}, with a `lora`; or leave `shared` out"
+            )
+        self.linear.to(hf.device)
+        for parameter in self.trained_parameters():
+            parameter.requires_grad_(trained)
+
+    def _load(self, hf: PreTrainedModel, folder: Path) -> None:
+        config = LoraConfig.from_pretrained(str(folder))
+        if config.base_model_name_or_path != hf.name_or_path:
+            raise ValueError(
+                f"{self.role}: the adapter in {folder} is one of {config.base_model_name_or_path!r}, and the policy is "
+                f"{hf.name_or_path!r}: shared adapters need the same frozen weights"
+            )
+        config.modules_to_save, config.lora_dropout = None, 0.0
+        add_adapter(hf, config, self.role)
+        state = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / WEIGHTS).items()}
+        if "score.weight" not in state:
+            raise ValueError(f"{self.role}: the adapter in {folder} has no scalar head: it is not a reward model's")
+        self.linear.weight.data.copy_(state.pop("score.weight"))
+        set_peft_model_state_dict(hf, state, self.role)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            told = file.metadata() or {}
+        self.normalize(float(told.get("reward_mean", 0.0)), float(told.get("reward_std", 1.0)))
+
+    @property
+    def score(self) -> nn.Linear:
+        """The head."""
+        return self.linear
+
+    def hidden(self, batch: PackedBatch, read: Read = "source_S") -> tuple[Tensor, PackedBatch]:
+        """States of the backbone with the adapters of this role; see `TreeModel.hidden`."""
+        (policy,) = self.owner
+        with adapter_on(policy.hf, self.role):
+            return policy.hidden(batch, read)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Head and adapters; the latter are among the parameters of the policy."""
+        return [*self.parameters(), *adapter_parameters(self.owner[0], self.role)]
+
+
+def load_role(network: Network, policy: LanguageModel, role: str, trained: bool = False) -> Scorer:
+    """A reward or value model: of its own, or on the policy's backbone.
+
+    Raises:
+        ValueError: see `load_scorer` and `ScalarAdapter`.
+    """
+    if network.shared:
+        return ScalarAdapter(policy, network, role, trained)
+    return ScalarModel(load_scorer(network, need_head=not trained))
+
+
+def trained_apart(policy: nn.Module, value: nn.Module | None) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained parameters of policy and value, each in order and in one of the two lists."""
+    own = value.trained_parameters() if isinstance(value, ScalarAdapter) else list(value.parameters() if value else ())
+    own = [parameter for parameter in own if parameter.requires_grad]
+    of_value = set(map(id, own))
+    return [p for p in policy.parameters() if p.requires_grad and id(p) not in of_value], own
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write a model's adapters in peft's format; of a reward model with its head and its normalisation.
+
+    Args:
+        model: a language model, or a sequence classifier with one label.
+        folder: where to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        PREFIX + name.replace(f".{ADAPTER}.", "."): weight.detach().cpu().contiguous()
+        for name, weight in model.state_dict().items()
+        if f".{ADAPTER}." in name
+    }
+    config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "task_type": "CAUSAL_LM"}
+    told = {"format": "pt"}
+    if not model.can_generate():
+        state[f"{PREFIX}score.weight"] = model.score.weight.detach().cpu()
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        told |= dict(zip(("reward_mean", "reward_std"), map(repr, normalization(model)), strict=True))
+    # The names come out of a set, in another order in every process.
+    config["target_modules"] = sorted(config["target_modules"])
+    save_file(state, folder / WEIGHTS, metadata=told)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
