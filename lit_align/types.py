@@ -92,12 +92,17 @@ class PreferenceBatch(NamedTuple):
         rank_Q: rank of each answer among those of its prompt; lower is better, equal is a tie.
         margin_Q: how much better each answer is; the margin of a pair is the difference. 0 where the data has none.
         key_E: a hash of each example's tokens, for what is kept about it (`ReferenceTable`); None if nothing is.
+        share_P: share of several people who prefer the first of each two answers to a prompt, a tie counting half; in
+            the order 12, 13, ... 23, ... NaN where the ranks are all there is; None if they are for the whole batch.
+        score_Q: grade of each answer, higher is better; NaN where it has none, None if none has.
     """
 
     packed: PackedBatch
     rank_Q: Tensor
     margin_Q: Tensor
     key_E: Tensor | None = None
+    share_P: Tensor | None = None
+    score_Q: Tensor | None = None
 
 
 class PromptBatch(NamedTuple):
