@@ -104,6 +104,22 @@ class PreferenceBatch(NamedTuple):
     share_P: Tensor | None = None
     score_Q: Tensor | None = None
 
+    @property
+    def grades_Q(self) -> Tensor:
+        """The grade of every answer.
+
+        Raises:
+            ValueError: some have none.
+        """
+        answers = self.packed.num_sequences
+        missing = answers if self.score_Q is None else int(self.score_Q.isnan().sum())
+        if self.score_Q is None or missing:
+            raise ValueError(
+                f"{missing} of {answers} answers in a batch have no grade to learn (loss: regression): give rows with "
+                "`scores`, one for each completion, or choose another loss"
+            )
+        return self.score_Q
+
 
 class PromptBatch(NamedTuple):
     """Prompts to answer.

@@ -59,7 +59,7 @@ def answer_pairs(example_Q: Tensor) -> RankedPairs:
 def judged_pairs(
     rank_Q: Tensor, example_Q: Tensor, share_P: Tensor | None = None
 ) -> tuple[RankedPairs, Tensor | float]:
-    """List the pairs that people judged, and how many of them: the answer that most prefer is the better one.
+    """List the pairs that people judged, and the share of them that prefers `better_P`.
 
     Args:
         rank_Q: rank of each answer, lower is better. Shape (Q,).
@@ -68,19 +68,17 @@ def judged_pairs(
             NaN where the ranks alone decide. None for ranks alone.
 
     Returns:
-        The pairs, and the share that prefers the better answer, in [1/2, 1]; 1 where ranks decide. A pair that people
-        judged one to one is listed, with a share of 1/2; one that only ties in rank is not.
+        The pairs that ranks decide, and 1; or, with shares, those of `answer_pairs` that ranks or people decide, the
+        earlier answer as `better_P`, with a share in [0, 1]. People who disagree one to one make a pair, a tie in rank
+        makes none.
     """
     if share_P is None:
         return ranked_pairs(rank_Q, example_Q), 1.0
     pairs = answer_pairs(example_Q)
     ahead_P, told_P = rank_Q[pairs.worse_P] - rank_Q[pairs.better_P], ~share_P.isnan()
     share_P = torch.where(told_P, share_P, (ahead_P > 0).to(share_P))
-    as_listed_P, kept_P = share_P >= 0.5, told_P | (ahead_P != 0)
-    better_P = torch.where(as_listed_P, pairs.better_P, pairs.worse_P)
-    worse_P = torch.where(as_listed_P, pairs.worse_P, pairs.better_P)
-    share_P = torch.where(as_listed_P, share_P, 1.0 - share_P)
-    return RankedPairs(*(x[kept_P] for x in (better_P, worse_P, pairs.weight_P, pairs.example_P))), share_P[kept_P]
+    judged_P = told_P | (ahead_P != 0)
+    return RankedPairs(*(x[judged_P] for x in pairs)), share_P[judged_P]
 
 
 def _pairs(which_QQ: Tensor, example_Q: Tensor) -> RankedPairs:

@@ -208,7 +208,8 @@ class AlignModule(LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         for name, (total, count) in sums.items():
-            self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))
+            if count:  # no pair in the whole step has no accuracy
+                self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))
         self._sums = {}
 
     def configure_gradient_clipping(
