@@ -233,6 +233,10 @@ class TextDataModule(LightningDataModule):
         train, val = ({g for store in self._stores.get(part, []) for g in store.groups()} for part in ("train", "val"))
         return len(train & val)
 
+    def stores(self, part: str) -> list[Store]:
+        """The tokenised sources of train, val, test or predict, once they are set up."""
+        return self._stores[part]
+
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
         """Lay examples out in rows, as this data module's options say."""
         return pack(examples, self.row_tokens, self.share_prefix, self.packing)
