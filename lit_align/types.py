@@ -179,6 +179,13 @@ class Rollout(NamedTuple):
             self.samples,
         )
 
+    def parts(self, sequences: int | None) -> list[Rollout]:
+        """The rollout in parts of so many sequences; null for one part."""
+        if sequences is None:
+            return [self]
+        every = range(self.num_sequences)
+        return [self.pick(every[first : first + sequences]) for first in range(0, self.num_sequences, sequences)]
+
     def examples(self) -> list[Example]:
         """One example per prompt: the answers are its branches, every token of them scored."""
         examples = []
