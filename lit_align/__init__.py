@@ -29,6 +29,8 @@ _WHERE = {
     "FormatReward": "rewards",
     "LengthReward": "rewards",
     "SumReward": "rewards",
+    "EnsembleReward": "rewards",
+    "EndpointReward": "rewards",
     "TextReward": "rewards",
 }
 

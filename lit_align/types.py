@@ -92,12 +92,33 @@ class PreferenceBatch(NamedTuple):
         rank_Q: rank of each answer among those of its prompt; lower is better, equal is a tie.
         margin_Q: how much better each answer is; the margin of a pair is the difference. 0 where the data has none.
         key_E: a hash of each example's tokens, for what is kept about it (`ReferenceTable`); None if nothing is.
+        share_P: share of several people who prefer the first of each two answers to a prompt, a tie counting half; in
+            the order 12, 13, ... 23, ... NaN where the ranks are all there is; None if they are for the whole batch.
+        score_Q: grade of each answer, higher is better; NaN where it has none, None if none has.
     """
 
     packed: PackedBatch
     rank_Q: Tensor
     margin_Q: Tensor
     key_E: Tensor | None = None
+    share_P: Tensor | None = None
+    score_Q: Tensor | None = None
+
+    @property
+    def grades_Q(self) -> Tensor:
+        """The grade of every answer.
+
+        Raises:
+            ValueError: some have none.
+        """
+        answers = self.packed.num_sequences
+        missing = answers if self.score_Q is None else int(self.score_Q.isnan().sum())
+        if self.score_Q is None or missing:
+            raise ValueError(
+                f"{missing} of {answers} answers in a batch have no grade to learn (loss: regression): give rows with "
+                "`scores`, one for each completion, or choose another loss"
+            )
+        return self.score_Q
 
 
 class PromptBatch(NamedTuple):
@@ -157,6 +178,13 @@ class Rollout(NamedTuple):
             [self.texts[q] for q in sequences],
             self.samples,
         )
+
+    def parts(self, sequences: int | None) -> list[Rollout]:
+        """The rollout in parts of so many sequences; null for one part."""
+        if sequences is None:
+            return [self]
+        every = range(self.num_sequences)
+        return [self.pick(every[first : first + sequences]) for first in range(0, self.num_sequences, sequences)]
 
     def examples(self) -> list[Example]:
         """One example per prompt: the answers are its branches, every token of them scored."""

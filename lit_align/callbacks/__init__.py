@@ -6,6 +6,7 @@ from lit_align.callbacks.divergence import Diverged, DivergenceGuard
 from lit_align.callbacks.export import HFExport
 from lit_align.callbacks.manifest import Manifest
 from lit_align.callbacks.metrics_csv import MetricsCSV
+from lit_align.callbacks.normalize import NormalizeReward
 from lit_align.callbacks.predictions import PredictionsFile
 from lit_align.callbacks.progress import ProgressLines, progress
 from lit_align.callbacks.save_config import SaveRunConfig
@@ -17,6 +18,7 @@ __all__ = [
     "HFExport",
     "Manifest",
     "MetricsCSV",
+    "NormalizeReward",
     "PredictionsFile",
     "ProgressLines",
     "RunCheckpoint",

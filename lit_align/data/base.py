@@ -113,6 +113,8 @@ class TextDataModule(LightningDataModule):
         """Tokenise a row of the one schema; raise BadField where it does not fit this kind of data."""
         raise NotImplementedError
 
+    encodes_by: Sequence[Any] = ()  # its own options that `encode` depends on: part of the cache's key
+
     def collate(self, items: Sequence[Item]) -> Any:
         """A batch from items."""
         raise NotImplementedError
@@ -231,6 +233,10 @@ class TextDataModule(LightningDataModule):
         train, val = ({g for store in self._stores.get(part, []) for g in store.groups()} for part in ("train", "val"))
         return len(train & val)
 
+    def stores(self, part: str) -> list[Store]:
+        """The tokenised sources of train, val, test or predict, once they are set up."""
+        return self._stores[part]
+
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
         """Lay examples out in rows, as this data module's options say."""
         return pack(examples, self.row_tokens, self.share_prefix, self.packing)
@@ -250,7 +256,7 @@ class TextDataModule(LightningDataModule):
 
     def _build(self, source: Source) -> Store:
         options = [type(self).__qualname__, tokenizer_key(self.tokenizer), self.max_length, self.truncate, self.turns]
-        return build(source, self.encode, json.dumps(options), self.on_bad_row, self.cache_dir)
+        return build(source, self.encode, json.dumps([*options, *self.encodes_by]), self.on_bad_row, self.cache_dir)
 
     def _report(self, part: str) -> None:
         for source, store in zip(self.sources[part] or (), self._stores[part], strict=True):

@@ -10,7 +10,21 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from lit_align.data.rows import BadField, Row, filled, list_of, messages_of, number_of, prompt_of, text_of, user
+from lit_align.data.annotators import ranks_of
+from lit_align.data.rankings import answers, grades, rankings, share_of
+from lit_align.data.rows import (
+    BadField,
+    Row,
+    answer_of,
+    asked_of,
+    filled,
+    list_of,
+    messages_of,
+    number_of,
+    prompt_of,
+    text_of,
+    user,
+)
 
 Reader = Callable[[Row], list[Row]]
 Messages = list[dict[str, str]]
@@ -73,46 +87,37 @@ def _conversation(turns: Messages, field: str) -> list[Row]:
 
 def prompt_completion(row: Row) -> list[Row]:
     """A prompt (text, or a conversation) and its completion; plain text gets no chat template."""
-    answer = _completion(row, "completion", empty=False)
-    return [{"prompt": _asked(row, row["completion"]), "completion": answer}]
+    answer = answer_of(row, "completion", empty=False)
+    return [{"prompt": asked_of(row, row["completion"]), "completion": answer}]
 
 
-def _asked(row: Row, *answers: object) -> str | Messages:
-    """The prompt; text becomes a user's turn where the answers to it are turns of the assistant."""
-    prompt = prompt_of(row)
-    return user(prompt) if isinstance(prompt, str) and any(isinstance(a, list) for a in answers) else prompt
-
-
-def _completion(row: Row, field: str, empty: bool = True) -> str:
-    """An answer as text; a list of one assistant message (TRL's conversational form) is taken apart."""
-    if isinstance(row.get(field), list):
-        turns = messages_of(row, field)
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise BadField(field, f"has {len(turns)} turns, expected one by the assistant")
-        row = {field: turns[0]["content"]}
-    return text_of(row, field) if empty else filled(row, field)
-
-
-def _pair(prompt: str | Messages, chosen: str, rejected: str, margin: float | None = None) -> list[Row]:
-    row: Row = {"prompt": prompt, "completions": [chosen, rejected], "ranks": [0.0, 1.0]}
-    return [row if margin is None else {**row, "margins": [margin, 0.0]}]
+def _pair(prompt: str | Messages, chosen: str, rejected: str, **told: Any) -> list[Row]:
+    return [{"prompt": prompt, "completions": [chosen, rejected], "ranks": [0.0, 1.0], **told}]
 
 
 def pairs(row: Row) -> list[Row]:
-    """Preference pairs: prompt (or Alpaca's instruction and input), chosen, rejected, optional margin.
+    """Preference pairs: prompt (or Alpaca's instruction and input), chosen, rejected.
 
-    Where the two are whole conversations, they differ in the last turn, and what comes before it is the prompt, beside
-    whatever a prompt column says (UltraFeedback, TRL's implicit prompt).
+    Optional beside them: `margin`; `share`, of several people who prefer the chosen one; `score_chosen` and
+    `score_rejected`, their grades. Where the two are whole conversations, they differ in the last turn, and what comes
+    before it is the prompt, beside whatever a prompt column says (UltraFeedback, TRL's implicit prompt).
     """
-    margin = None if row.get("margin") is None else number_of(row, "margin")
+    told: Row = {}
+    if row.get("margin") is not None:
+        told["margins"] = [number_of(row, "margin"), 0.0]
+    if row.get("share") is not None:
+        told["shares"] = [share_of(row, "share")]
+        told["ranks"] = ranks_of(told["shares"], 2)
+    if row.get("score_chosen") is not None and row.get("score_rejected") is not None:
+        told["scores"] = [number_of(row, f"score_{side}") for side in ("chosen", "rejected")]
     sides = [row.get("chosen"), row.get("rejected")]
     asked = row.get("prompt") is not None or row.get("instruction") is not None
     if any(isinstance(side, list) and len(side) > 1 for side in sides) or not asked:
         chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
         answers = _answer(chosen, "chosen"), _answer(rejected, "rejected")
-        return _pair(_shared(chosen, rejected), *answers, margin)
-    prompt = user(_instruction(row)) if row.get("prompt") is None else _asked(row, *sides)
-    return _pair(prompt, _completion(row, "chosen"), _completion(row, "rejected"), margin)
+        return _pair(_shared(chosen, rejected), *answers, **told)
+    prompt = user(_instruction(row)) if row.get("prompt") is None else asked_of(row, *sides)
+    return _pair(prompt, answer_of(row, "chosen"), answer_of(row, "rejected"), **told)
 
 
 def _shared(chosen: Messages, rejected: Messages) -> Messages:
@@ -202,39 +207,6 @@ def pair_labels(row: Row) -> list[Row]:
     return [{"prompt": user(question), "completions": answers, "ranks": [max(wins) - w for w in wins]}]
 
 
-def rankings(row: Row) -> list[Row]:
-    """A prompt, K completions and their ranks: lower is better, equal is a tie.
-
-    Optional beside them, one per completion: `margins`, how much better each answer is; and of sampled answers
-    `finished`: one that was cut for want of room gets no stop token.
-    """
-    answers = list_of(row, "completions")
-    if len(answers) < 2:
-        raise BadField("completions", "has one answer, which leaves nothing to compare")
-    texts = [_completion({f"completions[{i}]": a}, f"completions[{i}]") for i, a in enumerate(answers)]
-    ranked: Row = {"prompt": _asked(row, *answers), "completions": texts}
-    ranked["ranks"] = _per_answer(row, "ranks", len(texts), number_of)
-    if row.get("margins") is not None:
-        ranked["margins"] = _per_answer(row, "margins", len(texts), number_of)
-    if row.get("finished") is not None:
-        ranked["finished"] = _per_answer(row, "finished", len(texts), _truth)
-    return [ranked]
-
-
-def _per_answer(row: Row, field: str, count: int, value: Callable[[Row, str], Any]) -> list[Any]:
-    """A list with one value for each answer."""
-    given = list_of(row, field)
-    if len(given) != count:
-        raise BadField(field, f"has {len(given)} entries for {count} completions")
-    return [value({f"{field}[{i}]": entry}, f"{field}[{i}]") for i, entry in enumerate(given)]
-
-
-def _truth(row: Row, field: str) -> bool:
-    if not isinstance(row[field], bool):
-        raise BadField(field, f"is {row[field]!r:.40}, expected true or false")
-    return row[field]
-
-
 # Columns that would make a bare prompt another kind of row.
 _OTHER_KINDS = ("messages", "completion", "text", "completions", "ranks", "margins", "finished")
 
@@ -278,7 +250,7 @@ FORMATS: dict[str, Reader] = {
     reader.__name__: reader
     for reader in (
         alpaca, instances, sharegpt, messages, prompt_completion, pairs, hh, oasst, pair_labels, rankings, prompts,
-        turns, questions, choices, text,
+        turns, questions, choices, text, grades, answers,
     )
 }  # fmt: skip
 
@@ -287,6 +259,8 @@ _SIGNS: list[tuple[str, set[str]]] = [
     ("sharegpt", {"conversations"}),
     ("instances", {"instruction", "instances"}),
     ("rankings", {"prompt", "completions", "ranks"}),
+    ("rankings", {"prompt", "completions", "shares"}),
+    ("rankings", {"prompt", "completions", "scores"}),
     ("pair_labels", {"question", "prediction 1", "preference"}),
     ("pairs", {"instruction", "chosen", "rejected"}),
     ("pairs", {"prompt", "chosen", "rejected"}),

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from lit_align.data.annotators import merged_shares
 from lit_align.data.base import TextDataModule
 from lit_align.data.chat import Messages
 from lit_align.data.fit import fit
 from lit_align.data.instruction import group_of
 from lit_align.data.rows import BadField, Row, Tally
+from lit_align.data.source import Source
 from lit_align.data.store import Item
 from lit_align.types import Example, PreferenceBatch, Segment
 
@@ -23,13 +28,23 @@ class PreferenceDataModule(TextDataModule):
 
     One example is one prompt with its K answers, and `batch_size` counts prompts. What does not fit has a fate that is
     counted and reported: answers to a prompt that are the same tokens, if need be after truncation, are merged (their
-    ranks averaged); a prompt whose answers all tie, or of which one answer is left, is dropped, as nothing can be
-    learnt from it; an empty answer is kept (the model stopped at once).
+    ranks averaged); a prompt whose answers all tie, or of which one answer is left, is dropped, as no comparison
+    learns from it; an empty answer is kept (the model stopped at once).
+
+    Args:
+        keep_ties: keep prompts whose answers all tie, and single answers with a grade: RewardModule's davidson learns
+            from ties, its bradley_terry from people who disagree one to one, its regression from any grade.
+        options: those of `TextDataModule`.
     """
+
+    def __init__(self, tokenizer: str, train: list[Source], keep_ties: bool = False, **options: Any) -> None:
+        super().__init__(tokenizer, train, **options)
+        self.keep_ties = keep_ties
+        self.encodes_by = ["keep_ties"] if keep_ties else []
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
         """One item, or none where all answers are equal or tie."""
-        if "completions" not in row:
+        if "ranks" not in row:
             raise BadField(
                 next(iter(row)), "has no ranked answers: expected chosen and rejected, or completions and ranks"
             )
@@ -38,17 +53,22 @@ class PreferenceDataModule(TextDataModule):
         merged: dict[tuple[int, ...], list[int]] = {}  # tokens of an answer: which of the answers they are
         for k, branch in enumerate(branches):
             merged.setdefault(tuple(branch.tokens), []).append(k)
-        tally["identical_answers"] += len(answers) - len(merged)
-        tally["empty_answers"] += sum(not answers[same[0]].strip() for same in merged.values())
-        ranks = [fmean(row["ranks"][k] for k in same) for same in merged.values()]
-        if len(set(ranks)) < 2:
+        groups = list(merged.values())
+        tally["identical_answers"] += len(answers) - len(groups)
+        tally["empty_answers"] += sum(not answers[same[0]].strip() for same in groups)
+
+        def mean(values: Sequence[float]) -> list[float]:
+            return [fmean(values[k] for k in same) for same in groups]
+
+        ranks, scores = mean(row["ranks"]), mean(row["scores"]) if row.get("scores") else []
+        if len(set(ranks)) < 2 and not (self.keep_ties and (len(ranks) > 1 or scores)):
             tally["nothing_to_compare"] += 1
             return []
         tally["ties"] += len(ranks) - len(set(ranks))
-        margins = row.get("margins") or [0.0] * len(answers)
-        margins = [fmean(margins[k] for k in same) for same in merged.values()]
-        example = Example(trunk, [branches[same[0]] for same in merged.values()])
-        return [Item(example, ranks, margins, group_of(row["prompt"]), {})]
+        margins = mean(row.get("margins") or [0.0] * len(answers))
+        shares = merged_shares(row["shares"], groups) if row.get("shares") else []
+        example = Example(trunk, [branches[same[0]] for same in groups])
+        return [Item(example, ranks, margins, group_of(row["prompt"]), {}, shares, scores)]
 
     def _tokens(self, prompt: str | Messages, answers: list[str], finished: list[bool], tally: Tally) -> Example:
         encoder = self._encoder()
@@ -57,13 +77,21 @@ class PreferenceDataModule(TextDataModule):
         return fit(Example(Segment(ids, [False] * len(ids)), branches), self.max_length, self.truncate, tally, self.bos)
 
     def collate(self, items: Sequence[Item]) -> PreferenceBatch:
-        """Packed rows, with the rank and the margin of each answer."""
+        """Packed rows, with the rank and the margin of each answer, and shares and grades if any item has them."""
+        shares = [item.shares or [math.nan] * math.comb(len(item.ranks), 2) for item in items]
+        scores = [item.scores or [math.nan] * len(item.ranks) for item in items]
         return PreferenceBatch(
             self.pack([item.example for item in items]),
-            torch.tensor([rank for item in items for rank in item.ranks], dtype=torch.float32),
-            torch.tensor([margin for item in items for margin in item.margins], dtype=torch.float32),
+            _flat([item.ranks for item in items]),
+            _flat([item.margins for item in items]),
             torch.tensor([_key(item.example) for item in items]),
+            _flat(shares) if any(item.shares for item in items) else None,
+            _flat(scores) if any(item.scores for item in items) else None,
         )
+
+
+def _flat(values: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor([value for of_item in values for value in of_item], dtype=torch.float32)
 
 
 def _key(example: Example) -> int:

@@ -49,8 +49,9 @@ class PromptDataModule(TextDataModule):
             row = {"prompt": row["prompt"], "reference": row["completion"]}
         elif "prompt" not in row:
             raise BadField(next(iter(row)), "has no prompt")
-        ranked = ("completions", "ranks", "margins", "finished")
-        row = {name: value for name, value in row.items() if name not in ranked}
+        if "completions" in row:
+            answered = ("completions", "ranks", "margins", "finished", "shares", "scores")
+            row = {name: value for name, value in row.items() if name not in answered}
         ids = self._encoder().prompt(row["prompt"])
         example = fit(Example(Segment(ids, [False] * len(ids))), self.max_length, self.truncate, tally, self.bos)
         return [Item(example, [], [], group_of(row["prompt"]), row)]

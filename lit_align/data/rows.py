@@ -5,8 +5,10 @@ After reading, a row is one of (names as in TRL; `messages` is a list of {"role"
     {"messages": [...]}                                    a conversation
     {"prompt": str | messages, "completion": str}          a prompt and its answer
     {"text": str}                                          plain text
-    {"prompt": ..., "completions": [str], "ranks": [float]}    ranked answers, lower is better; optional `margins`
-                                                           and `finished` (false: cut, so without a stop token)
+    {"prompt": ..., "completions": [str], "ranks": [float]}    ranked answers, lower is better; optional `margins`,
+                                                           `finished` (false: cut, so without a stop token),
+                                                           `shares` of several people who prefer the first of two
+                                                           answers (12, 13, ... 23, ...) and `scores`, their grades
     {"prompt": ..., "reference"?: str, ...}                a prompt to answer; other columns go to the reward
 """
 
@@ -193,3 +195,23 @@ def prompt_of(row: Row, field: str = "prompt") -> str | list[dict[str, str]]:
 def user(text: str) -> list[dict[str, str]]:
     """A conversation of one user turn."""
     return [{"role": "user", "content": text}]
+
+
+def asked_of(row: Row, *answers: object) -> str | list[dict[str, str]]:
+    """The prompt; text becomes a user's turn where the answers to it are turns of the assistant."""
+    prompt = prompt_of(row)
+    return user(prompt) if isinstance(prompt, str) and any(isinstance(a, list) for a in answers) else prompt
+
+
+def answer_of(row: Row, field: str, empty: bool = True) -> str:
+    """An answer as text; a list of one assistant message (TRL's conversational form) is taken apart.
+
+    Raises:
+        BadField: not text, another conversation, or blank where it must say something.
+    """
+    if isinstance(row.get(field), list):
+        turns = messages_of(row, field)
+        if len(turns) != 1 or turns[0]["role"] != "assistant":
+            raise BadField(field, f"has {len(turns)} turns, expected one by the assistant")
+        row = {field: turns[0]["content"]}
+    return text_of(row, field) if empty else filled(row, field)

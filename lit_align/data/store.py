@@ -12,7 +12,7 @@ import os
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from lit_align.data.source import OnBadRow, Source
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
-VERSION = 2
+VERSION = 3
 
 FEATURES = Features(
     {
@@ -39,6 +39,8 @@ FEATURES = Features(
         "branches_scored": List(List(Value("bool"))),
         "ranks": List(Value("float64")),
         "margins": List(Value("float64")),
+        "shares": List(Value("float64")),
+        "scores": List(Value("float64")),
         "group": Value("string"),
         "row": Value("string"),
     }
@@ -54,6 +56,8 @@ class Item(NamedTuple):
         margins: how much better each branch is.
         group: a hash of the prompt; items of one group never lie on both sides of a validation split.
         row: the row it came from, for rewards; empty where it is not kept.
+        shares: of people who prefer the first of every two branches (12, 13, ... 23, ...); empty for ranks alone.
+        scores: grades of its branches, higher is better; empty where there are none.
     """
 
     example: Example
@@ -61,6 +65,8 @@ class Item(NamedTuple):
     margins: list[float]
     group: str
     row: Row
+    shares: Sequence[float] = ()
+    scores: Sequence[float] = ()
 
 
 Encode = Callable[[Row, Tally], Iterable[Item]]
@@ -86,7 +92,8 @@ class Store:
         record = self.data[index]
         branches = [Segment(t, s) for t, s in zip(record["branches"], record["branches_scored"], strict=True)]
         example = Example(Segment(record["trunk"], record["trunk_scored"]), branches)
-        return Item(example, record["ranks"], record["margins"], record["group"], json.loads(record["row"]))
+        row, more = json.loads(record["row"]), (record["shares"], record["scores"])
+        return Item(example, record["ranks"], record["margins"], record["group"], row, *more)
 
     def lengths(self, share_prefix: bool = True) -> list[int]:
         """Tokens that the model computes for every item, the prompt once or once for each answer."""
@@ -206,6 +213,8 @@ def _record(item: Item) -> dict[str, Any]:
         "branches_scored": [branch.scored for branch in branches],
         "ranks": item.ranks,
         "margins": item.margins,
+        "shares": item.shares,
+        "scores": item.scores,
         "group": item.group,
         "row": json.dumps(item.row, default=str),
     }

@@ -51,6 +51,36 @@ def tied_pairs(rank_Q: Tensor, example_Q: Tensor) -> RankedPairs:
     return _pairs((rank_Q[:, None] == rank_Q[None, :]).triu(1), example_Q)
 
 
+def answer_pairs(example_Q: Tensor) -> RankedPairs:
+    """List every two answers to one prompt, each once, the earlier in the list as `better_P`; see `ranked_pairs`."""
+    return _pairs(torch.ones_like(example_Q[:, None] == example_Q[None, :]).triu(1), example_Q)
+
+
+def judged_pairs(
+    rank_Q: Tensor, example_Q: Tensor, share_P: Tensor | None = None
+) -> tuple[RankedPairs, Tensor | float]:
+    """List the pairs that people judged, and the share of them that prefers `better_P`.
+
+    Args:
+        rank_Q: rank of each answer, lower is better. Shape (Q,).
+        example_Q: prompt of each answer. Shape (Q,).
+        share_P: share of the judgements in favour of the first of each two answers, in the order of `answer_pairs`;
+            NaN where the ranks alone decide. None for ranks alone.
+
+    Returns:
+        The pairs that ranks decide, and 1; or, with shares, those of `answer_pairs` that ranks or people decide, the
+        earlier answer as `better_P`, with a share in [0, 1]. People who disagree one to one make a pair, a tie in rank
+        makes none.
+    """
+    if share_P is None:
+        return ranked_pairs(rank_Q, example_Q), 1.0
+    pairs = answer_pairs(example_Q)
+    ahead_P, told_P = rank_Q[pairs.worse_P] - rank_Q[pairs.better_P], ~share_P.isnan()
+    share_P = torch.where(told_P, share_P, (ahead_P > 0).to(share_P))
+    judged_P = told_P | (ahead_P != 0)
+    return RankedPairs(*(x[judged_P] for x in pairs)), share_P[judged_P]
+
+
 def _pairs(which_QQ: Tensor, example_Q: Tensor) -> RankedPairs:
     same_QQ = example_Q[:, None] == example_Q[None, :]
     better_P, worse_P = torch.nonzero(same_QQ & which_QQ, as_tuple=True)
@@ -64,6 +94,7 @@ def bradley_terry_loss(
     margin_P: Tensor | float = 0.0,
     label_smoothing: float = 0.0,
     centering: float = 0.0,
+    share_P: Tensor | float = 1.0,
 ) -> Tensor:
     """-log sigmoid(better - worse - margin), per pair.
 
@@ -74,6 +105,7 @@ def bradley_terry_loss(
         label_smoothing: probability that a label is wrong, in [0, 0.5).
         centering: weight of (better + worse)^2, which fixes the free constant of the scores near 0 (Eisenstein et al.
             2023, "Helping or Herding?", equation 2).
+        share_P: share of the judgements that prefer the better answer, see `soft_label_loss`. Shape (P,).
 
     Returns:
         Shape (P,), in nats.
@@ -85,12 +117,12 @@ def bradley_terry_loss(
     """
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    gap_P = better_P - worse_P - margin_P
-    loss_P = -(1.0 - label_smoothing) * logsigmoid(gap_P) - label_smoothing * logsigmoid(-gap_P)
+    share_P = (1.0 - label_smoothing) * share_P + label_smoothing * (1.0 - share_P)
+    loss_P = soft_label_loss(better_P - margin_P, worse_P, share_P)
     return loss_P + centering * (better_P + worse_P).square()
 
 
-def soft_label_loss(first_P: Tensor, second_P: Tensor, share_P: Tensor) -> Tensor:
+def soft_label_loss(first_P: Tensor, second_P: Tensor, share_P: Tensor | float) -> Tensor:
     """Bradley-Terry where a pair was judged more than once: cross-entropy with the share that prefers the first.
 
     A share of 1 is `bradley_terry_loss`; 1/2, people who disagree or call a tie, pulls the two scores together.

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
 
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.schedule import Schedule
@@ -70,6 +71,8 @@ class AlignModule(LightningModule):
         """
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
+        for metric in (child for child in self.children() if isinstance(child, Metric)):
+            metric.reset()  # an evaluation before has left tensors of inference mode, which a fit cannot add to
         name = type(self.trainer.strategy).__name__
         if name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"):
             raise ValueError(f"{name} is not supported: the exact normaliser needs whole gradients; use auto or ddp")
@@ -208,7 +211,8 @@ class AlignModule(LightningModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
         for name, (total, count) in sums.items():
-            self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))
+            if count:  # no pair in the whole step has no accuracy
+                self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))
         self._sums = {}
 
     def configure_gradient_clipping(

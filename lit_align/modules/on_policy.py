@@ -164,6 +164,7 @@ class OnPolicyModule(PolicyModule):
             "reward": scores_Q.mean(),
             "length": torch.tensor([float(len(completion.tokens)) for completion in rollout.completions]).mean(),
             "eos": torch.tensor([float(completion.finished) for completion in rollout.completions]).mean(),
+            **{f"reward_{name}": part_Q.mean() for name, part_Q in self.reward.parts().items()},
         }
 
     # Evaluation.

@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchmetrics import CatMetric, MeanMetric
+from torchmetrics import CatMetric, MeanMetric, PearsonCorrCoef
 
 from lit_align.functional.reward import (
     bradley_terry_loss,
     davidson_tie_loss,
     davidson_win_loss,
+    judged_pairs,
     plackett_luce_loss,
     ranked_pairs,
+    regression_loss,
     tied_pairs,
 )
 from lit_align.models.load import load_scorer
@@ -29,8 +31,10 @@ class RewardModule(AlignModule):
 
     Args:
         network: backbone; the scalar head is new, unless the folder has one.
-        loss: bradley_terry on all pairs of a prompt, each weighted 1 / C(K, 2); plackett_luce on whole rankings;
-            davidson, Bradley-Terry with a probability of ties, which otherwise are left out.
+        loss: bradley_terry on all pairs of a prompt, each weighted 1 / C(K, 2), and by the share of people who prefer
+            the one where the rows tell it; plackett_luce on whole rankings; davidson, Bradley-Terry with a probability
+            of ties, which otherwise are left out; regression, the squared distance to the rows' `scores`, its mean
+            over a prompt's answers. What ties has to be kept by the data (`keep_ties`).
         label_smoothing: how often labels are taken to be wrong (bradley_terry).
         centering: weight of (better + worse)^2, which keeps scores near 0 (bradley_terry).
         log_tie: log of Davidson's tie parameter.
@@ -47,7 +51,7 @@ class RewardModule(AlignModule):
     def __init__(
         self,
         network: Network,
-        loss: Literal["bradley_terry", "plackett_luce", "davidson"] = "bradley_terry",
+        loss: Literal["bradley_terry", "plackett_luce", "davidson", "regression"] = "bradley_terry",
         label_smoothing: float = 0.0,
         centering: float = 0.0,
         log_tie: float = 0.0,
@@ -61,7 +65,7 @@ class RewardModule(AlignModule):
         self.centering = centering
         self.log_tie = log_tie
         self.normalize = normalize
-        self.loss = MeanMetric()
+        self.loss, self.correlation = MeanMetric(), PearsonCorrCoef()
         self.accuracy, self.length_accuracy = PairAccuracy(), PairAccuracy()
         self.scores = CatMetric()
 
@@ -72,8 +76,8 @@ class RewardModule(AlignModule):
 
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""
-        if self.normalize:  # a checkpoint brings the buffers back, not the configuration that is saved
-            self.scorer.normalize(self.scorer.mean.item(), self.scorer.std.item())
+        # A checkpoint brings the buffers back, not the configuration that is saved.
+        self.scorer.normalize(self.scorer.mean.item(), self.scorer.std.item())
         return self.scorer.hf
 
     def loss_sum(self, score_Q: Tensor, batch: PreferenceBatch) -> Tensor:
@@ -81,15 +85,17 @@ class RewardModule(AlignModule):
         examples_Q = batch.packed.example_Q
         if self.loss_name == "plackett_luce":
             return plackett_luce_loss(score_Q, batch.rank_Q, examples_Q, batch.packed.num_examples).sum()
-        pairs = ranked_pairs(batch.rank_Q, examples_Q)
-        better_P, worse_P = score_Q[pairs.better_P], score_Q[pairs.worse_P]
+        if self.loss_name == "regression":
+            return (regression_loss(score_Q, batch.grades_Q) / torch.bincount(examples_Q)[examples_Q]).sum()
         if self.loss_name == "davidson":
-            ties = tied_pairs(batch.rank_Q, examples_Q)
-            loss_P = davidson_win_loss(better_P, worse_P, self.log_tie)
+            pairs, ties = ranked_pairs(batch.rank_Q, examples_Q), tied_pairs(batch.rank_Q, examples_Q)
+            win_P = davidson_win_loss(score_Q[pairs.better_P], score_Q[pairs.worse_P], self.log_tie)
             tie_P = davidson_tie_loss(score_Q[ties.better_P], score_Q[ties.worse_P], self.log_tie)
-            return (pairs.weight_P * loss_P).sum() + (ties.weight_P * tie_P).sum()
+            return (pairs.weight_P * win_P).sum() + (ties.weight_P * tie_P).sum()
+        pairs, share_P = judged_pairs(batch.rank_Q, examples_Q, batch.share_P)
+        scores = score_Q[pairs.better_P], score_Q[pairs.worse_P]
         margin_P = batch.margin_Q[pairs.better_P] - batch.margin_Q[pairs.worse_P]
-        loss_P = bradley_terry_loss(better_P, worse_P, margin_P, self.label_smoothing, self.centering)
+        loss_P = bradley_terry_loss(*scores, margin_P, self.label_smoothing, self.centering, share_P)
         return (pairs.weight_P * loss_P).sum()
 
     def micro_step(self, batch: PreferenceBatch) -> Tensor:
@@ -110,6 +116,8 @@ class RewardModule(AlignModule):
         length_Q = torch.bincount(packed.sequence_S, minlength=packed.num_sequences)
         self.length_accuracy.update(-length_Q, pairs, packed.num_examples)
         self.scores.update(score_Q)
+        if self.loss_name == "regression":
+            self.correlation.update(score_Q, batch.grades_Q.to(score_Q))
 
     def on_validation_epoch_end(self) -> None:
         """Log, and normalise rewards on the held-out answers."""
@@ -123,7 +131,9 @@ class RewardModule(AlignModule):
         self.log(f"{self.stage}/shorter_wins", shorter)
         self.log(f"{self.stage}/score_mean", scores.mean())
         self.log(f"{self.stage}/score_std", scores.std())
-        for metric in (self.loss, self.accuracy, self.length_accuracy, self.scores):
+        if self.loss_name == "regression":
+            self.log(f"{self.stage}/correlation", self.correlation.compute(), prog_bar=True)
+        for metric in (self.loss, self.accuracy, self.length_accuracy, self.scores, self.correlation):
             metric.reset()
         if self.normalize and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.scorer.normalize(scores.mean().item(), max(scores.std().item(), 1e-6))

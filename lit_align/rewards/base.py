@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +30,54 @@ class Reward(nn.Module):
         """Score each sequence of a rollout. Shape (Q,), higher is better."""
         raise NotImplementedError(f"{type(self).__name__} must implement forward")
 
+    def __call__(self, rollout: Rollout) -> Tensor:
+        """`forward`, and a look at what it returned; see `checked`."""
+        return checked(super().__call__(rollout), rollout, self.label)
+
+    @property
+    def label(self) -> str:
+        """How logs and errors call it."""
+        return type(self).__name__
+
+    def parts(self) -> dict[str, Tensor]:
+        """What the last scores were made of, each of shape (Q,): their means are logged as `ppo/reward_NAME`."""
+        return {}
+
 
 def checked(scores: Sequence[float] | Tensor, rollout: Rollout, name: str) -> Tensor:
     """Scores as a tensor, one finite number per completion.
 
     Raises:
-        ValueError: another number of scores, or one that is NaN or infinite; names the reward and the prompt.
+        ValueError: another number of scores, or one that is NaN, infinite or no number; names the reward and the
+            prompts.
     """
     try:
         scores_Q = torch.as_tensor(scores, dtype=torch.float32).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} returned {scores!r:.80}, expected a number for each completion: {error}") from error
+        raise ValueError(
+            f"{name} returned {scores!r:.80}, expected a number for each completion: {error}; the prompts: "
+            f"{named(rollout.rows)}"
+        ) from error
     if scores_Q.shape != (rollout.num_sequences,):
-        raise ValueError(f"{name} returned {tuple(scores_Q.shape)} scores for {rollout.num_sequences} completions")
+        raise ValueError(
+            f"{name} returned {tuple(scores_Q.shape)} scores for {rollout.num_sequences} completions; the prompts: "
+            f"{named(rollout.rows)}"
+        )
     bad = torch.nonzero(~scores_Q.isfinite())[:, 0].tolist()
     if bad:
-        first = rollout.rows[bad[0]].get("prompt")
         raise ValueError(
-            f"{name} returned {scores_Q[bad[0]].item()} for {len(bad)} completions, the first to {first!r:.200}"
+            f"{name} returned {scores_Q[bad[0]].item()} for {len(bad)} of {rollout.num_sequences} completions; the "
+            f"prompts: {named([rollout.rows[q] for q in bad])}"
         )
     return scores_Q
+
+
+def named(rows: Sequence[dict[str, Any]], limit: int = 3) -> str:
+    """The prompts of some rows, each once, as an error shows them: the beginning of what was said last."""
+    texts = list(dict.fromkeys(f"{_last(row.get('prompt'))!r:.100}" for row in rows))
+    more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
+    return ", ".join(texts[:limit]) + more
+
+
+def _last(prompt: Any) -> Any:
+    return prompt[-1].get("content") if isinstance(prompt, list) and prompt else prompt

@@ -26,7 +26,7 @@ class ModelReward(Reward):
     reward model's own chat template and tokenised anew.
 
     Args:
-        network: which model; a bare name will do for `network.name`.
+        network: which model: `{name: FOLDER}`.
         batch_size: sequences scored together.
     """
 

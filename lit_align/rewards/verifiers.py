@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
 
 from lit_align.rewards.base import Reward, checked
 from lit_align.types import Completion, Rollout
@@ -189,33 +187,6 @@ class LengthReward(TextReward):
             length = len(text.split() if self.unit == "words" else text)
         excess = length / self.target - 1.0
         return max(1.0 - abs(excess) if self.shape == "near" else -max(excess, 0.0), self.least)
-
-
-class SumReward(Reward):
-    """Several rewards at once, each times its weight: the right answer, and a little for its form.
-
-    Args:
-        rewards: any rewards.
-        weights: one for each; 1 where not given.
-    """
-
-    def __init__(self, rewards: list[Reward], weights: list[float] | None = None) -> None:
-        super().__init__()
-        weights = [1.0] * len(rewards) if weights is None else weights
-        if not rewards or len(weights) != len(rewards):
-            raise ValueError(f"SumReward has {len(rewards)} rewards and {len(weights)} weights")
-        self.rewards = nn.ModuleList(rewards)
-        self.weights = weights
-
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load each."""
-        for reward in self.rewards:
-            reward.load(tokenizer)  # type: ignore[operator]
-
-    def forward(self, rollout: Rollout) -> Tensor:
-        """Shape (Q,)."""
-        scores = [w * reward(rollout) for w, reward in zip(self.weights, self.rewards, strict=True)]
-        return checked(torch.stack(scores).sum(0), rollout, type(self).__name__)
 
 
 def compiled(pattern: str, name: str) -> re.Pattern[str]:

@@ -91,6 +91,19 @@ GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
         {"prompt": [HI], "chosen": "Yo", "rejected": "No", "margin": 2},
         [{"prompt": [HI], "completions": ["Yo", "No"], "ranks": [0.0, 1.0], "margins": [2.0, 0.0]}],
     ),
+    "pairs with a share and scores": (
+        "pairs",
+        {"prompt": [HI], "chosen": "Yo", "rejected": "No", "share": 0.75, "score_chosen": 4, "score_rejected": 4.5},
+        [
+            {
+                "prompt": [HI],
+                "completions": ["Yo", "No"],
+                "ranks": [0.25, 0.75],
+                "shares": [0.75],
+                "scores": [4.0, 4.5],
+            }
+        ],
+    ),
     "pairs, Alpaca's columns": (
         "pairs",
         {"instruction": "Hi", "input": "x", "output": "unused", "rejected": "No", "chosen": "Yo"},
@@ -182,6 +195,39 @@ GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
                 "finished": [True, False],
             }
         ],
+    ),
+    "rankings of three people": (
+        "rankings",
+        # The second puts b first, the third cannot tell b from c.
+        {"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [[0, 1, 2], [1, 0, 2], [0, 1, 1]]},
+        [
+            {
+                "prompt": "Hi",
+                "completions": ["a", "b", "c"],
+                "ranks": [round(1 / 3, 9), round(5 / 6, 9), round(11 / 6, 9)],
+                "shares": [2 / 3, 1.0, 2.5 / 3],
+            }
+        ],
+    ),
+    "rankings told by shares": (
+        "rankings",
+        {"prompt": "Hi", "completions": ["a", "b", "c"], "shares": [0.5, 0.25, 0]},
+        [{"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [1.25, 1.5, 0.25], "shares": [0.5, 0.25, 0.0]}],
+    ),
+    "rankings told by scores": (
+        "rankings",
+        {"prompt": "Hi", "completions": ["a", "b", "c"], "scores": [3, 4.5, 3]},
+        [{"prompt": "Hi", "completions": ["a", "b", "c"], "ranks": [-3.0, -4.5, -3.0], "scores": [3.0, 4.5, 3.0]}],
+    ),
+    "grades": (
+        "grades",
+        {"prompt": [HI], "completion": [YO], "score": 2, "level": 3},
+        [{"prompt": [HI], "completions": ["Yo"], "ranks": [0.0], "scores": [2.0]}],
+    ),
+    "answers": (
+        "answers",
+        {"prompt": [HI], "completions": ["Yo", "No"], "finished": [True, False], "reference": "Yo"},
+        [{"prompt": [HI], "completions": ["Yo", "No"], "finished": [True, False]}],
     ),
     "prompts": (
         "prompts",

@@ -22,8 +22,10 @@ def test_golden_row(name: str) -> None:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_format_is_told_from_the_columns(name: str) -> None:
     format, raw, _ = GOLDEN[name]
-    # A question looks like any prompt: whether it goes into a user's turn is for the user to say.
-    assert recognise(raw) == ("prompts" if format == "questions" else format)
+    # A question looks like any prompt: whether it goes into a user's turn is for the user to say. A grade may stand
+    # beside any demonstration, and what a policy said beside its prompt: they are read where the user asks for them.
+    otherwise = {"questions": "prompts", "grades": "prompt_completion", "answers": "prompts"}
+    assert recognise(raw) == otherwise.get(format, format)
 
 
 def test_every_format_has_a_golden_row() -> None:
@@ -145,6 +147,20 @@ BAD: list[tuple[tuple[str, dict], str]] = [
     (changed("rankings with all there is", finished=True), "'finished' is bool"),
     (changed("rankings with all there is", margins=[1]), "'margins' has 1 entries"),
     (changed("rankings with all there is", margins=[1, "x"]), r"'margins\[1\]' is str"),
+    (changed("rankings", ranks=[[0, 1, 2], 1, 0]), r"'ranks\[0\]' is list"),
+    (changed("rankings", ranks=[[0, 1, 2], [1, 0]]), r"'ranks\[1\]' has 2 entries for 3 completions"),
+    (changed("rankings", ranks=[[0, 1, 2], [1, 0, None]]), r"'ranks\[1\]\[2\]' is NoneType"),
+    (changed("rankings of three people", shares=[1, 1, 1]), "'ranks' are of several people, and shares are given, too"),
+    (changed("rankings told by shares", shares=[0.5, 0.5]), "'shares' has 2 entries for 3 pairs of completions"),
+    (changed("rankings told by shares", shares=[0.5, 1.5, 0]), r"'shares\[1\]' is 1.5, expected a share between 0 and"),
+    (changed("rankings told by scores", scores=[1, 2]), "'scores' has 2 entries for 3 completions"),
+    (changed("rankings told by scores", scores=[1, 2, "3"]), r"'scores\[2\]' is str"),
+    (changed("pairs with a share and scores", share=-0.1), "'share' is -0.1, expected a share between 0 and 1"),
+    (changed("pairs with a share and scores", score_rejected="4"), "'score_rejected' is str"),
+    (changed("grades", score=DROP), "'score' is NoneType"),
+    (changed("grades", completion=None), "'completion' is null"),
+    (changed("answers", completions=[]), "'completions' is an empty list"),
+    (changed("answers", finished=[True]), "'finished' has 1 entries for 2 completions"),
     (changed("prompts", prompt=[HI, YO]), "'prompt' ends with an assistant turn"),
     (changed("prompts", prompt=DROP), "'prompt' is missing; the row has 'reference', 'level', 'tags'"),
     (changed("turns", turns=[]), "'turns' is an empty list"),
@@ -166,6 +182,24 @@ def test_bad_field_is_named(case: tuple[str, dict], says: str) -> None:
     format, raw = case
     with pytest.raises(BadField, match=f"^field {says}"):
         FORMATS[format](raw)
+
+
+def test_one_person_of_a_list_is_no_share() -> None:
+    row = {"prompt": "Hi", "completions": ["a", "b"], "ranks": [[1, 1]]}
+    assert FORMATS["rankings"](row) == [{"prompt": "Hi", "completions": ["a", "b"], "ranks": [1.0, 1.0]}]
+
+
+# Kills: what shares and scores tell put above given ranks.
+def test_given_ranks_win_over_what_shares_and_scores_tell() -> None:
+    row = {"prompt": "Hi", "completions": ["a", "b"], "ranks": [0, 1], "scores": [1, 9], "shares": [0.1]}
+    assert FORMATS["rankings"](row)[0]["ranks"] == [0.0, 1.0]
+
+
+def test_what_was_read_is_read_again_as_it_is() -> None:
+    for name, (format, _, rows) in GOLDEN.items():
+        if "completions" in rows[0] and "ranks" in rows[0]:
+            assert [again for row in rows for again in FORMATS["rankings"](row)] == rows, name
+        assert format in FORMATS
 
 
 def test_every_format_has_bad_rows() -> None:

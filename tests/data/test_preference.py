@@ -43,6 +43,11 @@ SCRATCH = {
     "pair_labels": ["<bos><user> Hi <assistant>", "[[ 1 <eos>]]", "[[ 2 <eos>]]", "[[ 3 <eos>]]", "[[ 4 <eos>]]"],
     "rankings": ["<bos>Hi", "[[a<eos>]]", "[[b<eos>]]", "[[c<eos>]]"],
     "rankings with all there is": ["<bos><user> Hi <assistant>", "[[ Yo <eos>]]", "[[ b ]]"],
+    "rankings of three people": ["<bos>Hi", "[[a<eos>]]", "[[b<eos>]]", "[[c<eos>]]"],
+    "rankings told by shares": ["<bos>Hi", "[[a<eos>]]", "[[b<eos>]]", "[[c<eos>]]"],
+    "rankings told by scores": ["<bos>Hi", "[[a<eos>]]", "[[b<eos>]]", "[[c<eos>]]"],
+    "pairs with a share and scores": ["<bos><user> Hi <assistant>", "[[ Yo <eos>]]", "[[ No <eos>]]"],
+    "grades": ["<bos><user> Hi <assistant>", "[[ Yo <eos>]]"],
     "choices": [
         "<bos><user> Hi\nA. a\nB. b\nC. \nD. d <assistant>",
         *(f"[[ {letter} <eos>]]" for letter in "ABCD"),
@@ -69,15 +74,16 @@ CHATML = {
 )
 def test_golden_tokens(template: str, kind: str, expected: list[str]) -> None:
     format, raw, rows = GOLDEN[kind]
-    data = module(template)
+    data = module(template, keep_ties=True)
     (item,) = data.encode(FORMATS[format](raw)[0], Tally())
     assert show_tree(data.tokenizer, item.example) == expected
     assert item.ranks == rows[0]["ranks"]
     assert item.margins == rows[0].get("margins", [0.0] * len(item.ranks))
+    assert (item.shares, item.scores) == (rows[0].get("shares", []), rows[0].get("scores", []))
 
 
 def test_every_ranked_format_has_golden_tokens() -> None:
-    assert set(SCRATCH) == {kind for kind, (_, _, rows) in GOLDEN.items() if "completions" in rows[0]}
+    assert set(SCRATCH) == {kind for kind, (_, _, rows) in GOLDEN.items() if "ranks" in rows[0]}
 
 
 @pytest.mark.parametrize("template", TOKENIZERS)
@@ -140,6 +146,66 @@ def test_nothing_to_compare_is_dropped_and_counted(row: dict, fate: dict) -> Non
     assert tally == Counter(fate)
 
 
+@pytest.mark.parametrize(
+    ("row", "kept"),
+    [
+        (ranking("a", "b", ranks=[1.0, 1.0]), True),
+        (ranking("a", "b", ranks=[1.0, 1.0], scores=[2.0, 2.0]), True),
+        (ranking("a", "b", ranks=[0.5, 0.5], shares=[0.5]), True),
+        (ranking("a", scores=[2.0]), True),
+        (ranking("a", "a", scores=[2.0, 1.0]), True),
+        (ranking("a", "a"), False),
+    ],
+)
+def test_ties_that_are_kept(row: dict, kept: bool) -> None:
+    assert bool(module(keep_ties=True).encode(row, Tally())) == kept
+    assert module().encode(row, Tally()) == []
+
+
+# Kills: shares of merged answers not turned where the order turns; scores and shares left as they are.
+def test_shares_and_scores_of_identical_answers_are_averaged() -> None:
+    row = ranking("a", "b", "a", ranks=[0.0, 1.0, 3.0], scores=[3.0, 5.0, 2.0], shares=[0.75, 1.0, 0.0])
+    (item,) = module().encode(row, Tally())
+    # a is preferred to b by 0.75 the first time; the second time b is by 0.
+    assert item.shares == [(0.75 + 1.0) / 2]
+    assert item.scores == [2.5, 5.0]
+
+
+def test_shares_and_scores_are_nan_where_a_row_has_none(write, tokenizer_folder: str) -> None:
+    rows = [
+        {"prompt": "a", "completions": ["x", "y", "z"], "ranks": [0, 1, 2]},
+        {"prompt": "b", "completions": ["x", "y", "z"], "ranks": [[0, 1, 2], [1, 0, 2]]},
+        {"prompt": "c", "completions": ["x", "y"], "scores": [1, 2]},
+    ]
+
+    def batch(*chosen: int):
+        source = Source(write("r.json", [rows[i] for i in chosen]), format="rankings")
+        data = PreferenceDataModule(tokenizer_folder, [source], val=[source])
+        data.setup("validate")
+        (made,) = data.val_dataloader()
+        return made
+
+    mixed = batch(0, 1, 2)
+    torch.testing.assert_close(
+        mixed.share_P, torch.tensor([torch.nan] * 3 + [0.5, 1.0, 1.0] + [torch.nan]), equal_nan=True
+    )
+    torch.testing.assert_close(mixed.score_Q, torch.tensor([torch.nan] * 6 + [1.0, 2.0]), equal_nan=True)
+    plain = batch(0)
+    assert plain.share_P is None
+    assert plain.score_Q is None
+
+
+def test_kept_ties_are_another_cache(write, tokenizer_folder: str) -> None:
+    source = Source(write("r.json", [{"prompt": "a", "completions": ["x", "y"], "ranks": [0, 0]}] * 2))
+    counts = []
+    for keep in (False, True, False):
+        data = PreferenceDataModule(tokenizer_folder, [source], val=[source], keep_ties=keep)
+        data.prepare_data()
+        data.setup("validate")
+        counts.append(len(data._stores["val"][0]))
+    assert counts == [0, 2, 0]
+
+
 def test_ties_and_empty_answers_are_kept_and_counted() -> None:
     tally = Tally()
     (item,) = module().encode(ranking("a", "", "c", " ", ranks=[0.0, 1.0, 1.0, 1.0]), tally)
@@ -147,7 +213,7 @@ def test_ties_and_empty_answers_are_kept_and_counted() -> None:
     assert tally == Counter({"ties": 2, "empty_answers": 2})
 
 
-@pytest.mark.parametrize("kind", ["alpaca", "messages", "prompts", "text"])
+@pytest.mark.parametrize("kind", ["alpaca", "messages", "prompts", "text", "answers"])
 def test_rows_that_rank_nothing(kind: str) -> None:
     format, raw, _ = GOLDEN[kind]
     with pytest.raises(BadField, match="has no ranked answers: expected chosen and rejected, or completions and ranks"):
@@ -226,7 +292,7 @@ def test_whatever_comes_out_can_be_learnt_from(answers: list, prompt: str, max_l
         assert len(prompt) + 1 >= max_length
         return
     assert len(items) + tally["nothing_to_compare"] == 1
-    for example, ranks_kept, margins, _, _ in items:
+    for example, ranks_kept, margins, *_ in items:
         branches = [tuple(branch.tokens) for branch in example.branches]
         assert len(branches) == len(set(branches)) == len(ranks_kept) == len(margins) >= 2
         assert len(set(ranks_kept)) >= 2

@@ -23,7 +23,9 @@ def item(row: Row) -> Item:
     n = row["n"]
     trunk = Segment([n, n + 1], [False, False])
     branches = [Segment([7] * k, [True] * k) for k in range(1, n + 1)]
-    return Item(Example(trunk, branches), [float(k) for k in range(n)], [0.5] * n, row["prompt"], row)
+    return Item(
+        Example(trunk, branches), [float(k) for k in range(n)], [0.5] * n, row["prompt"], row, [0.25] * n, [7.0] * n
+    )
 
 
 class Encode:

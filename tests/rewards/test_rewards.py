@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_align import FunctionReward, ModelReward, Network, Reward
 from lit_align.models.scratch import bpe_tokenizer
+from lit_align.rewards.base import named
 from lit_align.types import Completion, Rollout
 
 ANSWERS = [("a?", "bee", True), ("b?", "sea dee", True), ("c?", "", True), ("d?", "eff gee eff gee", False)]
@@ -66,10 +69,16 @@ def judge(scores: Any) -> FunctionReward:
     [
         (
             [1.0, math.nan, 1.0, math.nan],
-            r"the reward function strict returned nan for 2 completions, the first to .*b\?",
+            r"the reward function strict returned nan for 2 of 4 completions; the prompts: 'b\?', 'd\?'$",
         ),
-        ([1.0, 1.0, -math.inf, 1.0], r"the reward function strict returned -inf for 1 completions, the first to .*c\?"),
-        ([1.0, 2.0, 3.0], r"the reward function strict returned \(3,\) scores for 4 completions"),
+        (
+            [1.0, 1.0, -math.inf, 1.0],
+            r"the reward function strict returned -inf for 1 of 4 completions; the prompts: 'c\?'$",
+        ),
+        (
+            [1.0, 2.0, 3.0],
+            r"strict returned \(3,\) scores for 4 completions; the prompts: 'a\?', 'b\?', 'c\?' and 1 more$",
+        ),
         ([[1.0], [2.0], [3.0], [4.0]], r"the reward function strict returned \(4, 1\) scores for 4 completions"),
         (1.0, r"the reward function strict returned \(\) scores for 4 completions"),
         (None, "the reward function strict returned None, expected a number for each completion: "),
@@ -110,6 +119,89 @@ def test_a_reward_of_ones_own(answers: Rollout, policy: Any) -> None:
     Mine().load(policy)
     with pytest.raises(NotImplementedError, match="Mine must implement forward"):
         Mine()(answers)
+
+
+# Kills: what a subclass returns is not looked at.
+def test_a_reward_of_ones_own_is_looked_at(answers: Rollout) -> None:
+    class Mine(Reward):
+        def forward(self, rollout: Rollout) -> Any:
+            return self.scores
+
+    mine = Mine()
+    mine.scores = [1.0, 2.0, math.nan, 4.0]  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^Mine returned nan for 1 of 4 completions; the prompts: 'c\?'$"):
+        mine(answers)
+    mine.scores = [1.0]  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^Mine returned \(1,\) scores for 4 completions; the prompts: 'a\?'"):
+        mine(answers)
+
+
+def test_an_error_names_each_prompt_once_and_its_last_turn_alone() -> None:
+    rows = [{"prompt": "x" * 200}, {"prompt": [{"role": "user", "content": "Hi"}]}, {"prompt": "Hi"}, {}]
+    assert named(rows) == f"'{'x' * 99}, 'Hi', None"
+    assert named([{"prompt": str(n // 2)} for n in range(12)]) == "'0', '1', '2' and 3 more"
+
+
+# Kills: the last part left out; parts of the whole size; texts of the first part for all.
+@pytest.mark.parametrize("size", [1, 3, 4, 9])
+def test_a_function_is_called_in_batches(answers: Rollout, size: int) -> None:
+    seen: list[int] = []
+
+    def words(rows: list[dict], completions: list[str]) -> list[float]:
+        seen.append(len(rows))
+        return [len(text.split()) for text in completions]
+
+    assert FunctionReward(words, batch_size=size)(answers).tolist() == [1.0, 2.0, 0.0, 4.0]
+    assert sum(seen) == 4
+    assert max(seen) == min(size, 4)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        FunctionReward(words, batch_size=0)
+
+
+class Moody:
+    """Fails the first times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.calls = failures, 0
+
+    def __call__(self, rows: list[dict], completions: list[str]) -> list[float]:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise KeyError(f"failure {self.calls}")
+        return [1.0] * len(rows)
+
+
+# Kills: one attempt too few or too many; another error than the function's own.
+def test_a_function_that_fails_is_called_again(answers: Rollout) -> None:
+    assert FunctionReward(Moody(2), retries=2, pause=0.0)(answers).tolist() == [1.0] * 4
+    for retries, said in [(0, "gave no answer: KeyError"), (1, "gave no answer in 2 attempts; the last: KeyError")]:
+        moody = Moody(9)
+        with pytest.raises(KeyError, match=f"failure {retries + 1}") as caught:
+            FunctionReward(moody, retries=retries, pause=0.0)(answers)
+        assert moody.calls == retries + 1
+        (note,) = caught.value.__notes__
+        assert f"the reward function Moody {said}" in note
+        assert note.endswith("; the prompts: 'a?', 'b?', 'c?' and 1 more")
+    # What it returns is not better the second time.
+    wrong = Moody(0)
+    with pytest.raises(ValueError, match="returned"):
+        FunctionReward(lambda rows, texts: wrong(rows, texts)[1:], retries=3)(answers)
+    assert wrong.calls == 1
+
+
+def test_a_function_that_hangs_is_left_behind(answers: Rollout) -> None:
+    over = threading.Event()
+
+    def hangs(rows: list[dict], completions: list[str]) -> list[float]:
+        over.wait(10.0)
+        return [0.0] * len(rows)
+
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"hangs gave no answer in 2 attempts; the last: .*within 0\.05 s; the prom"):
+        FunctionReward(hangs, timeout=0.05, retries=1, pause=0.0)(answers)
+    assert time.monotonic() - start < 5.0
+    over.set()
+    assert FunctionReward(hangs, timeout=5.0)(answers).tolist() == [0.0] * 4
 
 
 # Models.
@@ -216,6 +308,7 @@ def test_a_model_that_has_diverged_is_named(scorer: str, policy: Any, answers: R
     reward = loaded(scorer, policy)
     reward.model.hf.score.weight.fill_(math.nan)  # type: ignore[union-attr]
     with pytest.raises(
-        ValueError, match=r"the reward model .*model returned nan for 4 completions, the first to .*a\?"
+        ValueError,
+        match=r"the reward model .*model returned nan for 4 of 4 completions; the prompts: 'a\?', 'b\?', 'c\?' and 1",
     ):
         reward(answers)

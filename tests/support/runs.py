@@ -45,6 +45,11 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "ppo_reinforce++_baseline": {"advantage": "reinforce++_baseline", "kl_in": "loss", "kl_estimator": "k2"},
     "ppo_remax": {"advantage": "remax"},
 }
+# Reward models that learn from more than ranks.
+TARGETS: dict[str, dict[str, Any]] = {
+    "reward_shares": {"label_smoothing": 0.1, "centering": 0.01},
+    "reward_regression": {"loss": "regression"},
+}
 WORDS = "a bee sea dee eh eff gee".split()
 
 
@@ -60,6 +65,13 @@ def write_rows(folder: Path) -> None:
         }
         for i, text in enumerate(texts)
     ]
+    judged: list[dict[str, Any]] = [dict(row) for row in rankings]
+    for i, row in enumerate(judged):
+        k = len(row["ranks"])
+        row["scores"] = [(i * 3 + j * 5) % 7 - 3.0 for j in range(k)]
+        if i % 3:  # the others are judged by one
+            row["ranks"] = [row["ranks"], list(range(k)), [0] * k][: 2 + i % 2]
+    (folder / "judged.json").write_text(json.dumps(judged))
     (folder / "demos.json").write_text(json.dumps(demos))
     (folder / "rankings.json").write_text(json.dumps(rankings))
 
@@ -92,6 +104,11 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
     demos, rankings = [Source(str(rows / "demos.json"))], [Source(str(rows / "rankings.json"))]
     if method == "sft":
         return SFTModule(network, **common), InstructionDataModule(folder, demos, **data)
+    if method in TARGETS:
+        judged = [Source(str(rows / "judged.json"))]
+        return RewardModule(network, **TARGETS[method], **common), PreferenceDataModule(
+            folder, judged, keep_ties=True, **data
+        )
     if method == "reward":
         return RewardModule(network, centering=0.01, **common), PreferenceDataModule(folder, rankings, **data)
     if method.startswith("dpo"):

@@ -1,0 +1,101 @@
+"""Readers of several answers to one prompt, and of what one or more people said of them: ranks, shares, grades."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lit_align.data.annotators import ranks_of, shares_of
+from lit_align.data.rows import BadField, Row, answer_of, asked_of, list_of, number_of
+
+
+def rankings(row: Row) -> list[Row]:
+    """A prompt, K completions, and how people judged them.
+
+    One of these at least: `ranks`, lower is better, equal is a tie; or, where several people judged, a list of such
+    lists, one for each of them; `shares` of people who prefer the first of two answers (12, 13, ... 23, ...);
+    `scores`, a grade for each answer, higher is better. Where there are no ranks the others tell them.
+
+    Optional beside them, one per completion: `margins`, how much better each answer is; and of sampled answers
+    `finished`: one that was cut for want of room gets no stop token.
+    """
+    texts = _texts(row)
+    if len(texts) < 2 and row.get("scores") is None:
+        raise BadField("completions", "has one answer, which leaves nothing to compare")
+    ranked: Row = {"prompt": asked_of(row, *row["completions"]), "completions": texts}
+    if row.get("scores") is not None:
+        ranked["scores"] = _per_answer(row, "scores", len(texts), number_of)
+        ranked["ranks"] = [-score for score in ranked["scores"]]
+    if row.get("shares") is not None:
+        ranked["shares"] = _per_answer(row, "shares", math.comb(len(texts), 2), share_of, "pairs of completions")
+        ranked["ranks"] = ranks_of(ranked["shares"], len(texts))
+    if row.get("ranks") is not None or "ranks" not in ranked:
+        ranked |= _ranks(row, len(texts))
+    if row.get("margins") is not None:
+        ranked["margins"] = _per_answer(row, "margins", len(texts), number_of)
+    return [ranked | _finished(row, len(texts))]
+
+
+def _ranks(row: Row, count: int) -> Row:
+    """The ranks of one person, or of several and what they come to."""
+    everyone = list_of(row, "ranks")
+    if not all(isinstance(ranks, list) for ranks in everyone):
+        return {"ranks": _per_answer(row, "ranks", count, number_of)}
+    said = [_per_answer({f"ranks[{i}]": r}, f"ranks[{i}]", count, number_of) for i, r in enumerate(everyone)]
+    if len(said) == 1:
+        return {"ranks": said[0]}
+    if row.get("shares") is not None:
+        raise BadField("ranks", "are of several people, and shares are given, too: leave one of them out")
+    shares = shares_of(said)
+    return {"ranks": ranks_of(shares, count), "shares": shares}
+
+
+def _texts(row: Row) -> list[str]:
+    answers = list_of(row, "completions")
+    return [answer_of({f"completions[{i}]": a}, f"completions[{i}]") for i, a in enumerate(answers)]
+
+
+def _finished(row: Row, count: int) -> Row:
+    return {} if row.get("finished") is None else {"finished": _per_answer(row, "finished", count, _truth)}
+
+
+def grades(row: Row) -> list[Row]:
+    """A prompt, one completion and its score, higher is better."""
+    answer, score = answer_of(row, "completion"), number_of(row, "score")
+    return [{"prompt": asked_of(row, row["completion"]), "completions": [answer], "ranks": [0.0], "scores": [score]}]
+
+
+def answers(row: Row) -> list[Row]:
+    """A prompt and completions that nobody judged, as `lit-align predict` writes them; optional: `finished`."""
+    texts = _texts(row)
+    prompt = asked_of(row, *row["completions"])
+    return [{"prompt": prompt, "completions": texts, **_finished(row, len(texts))}]
+
+
+def _per_answer(
+    row: Row, field: str, count: int, value: Callable[[Row, str], Any], what: str = "completions"
+) -> list[Any]:
+    """A list with one value for each answer."""
+    given = list_of(row, field)
+    if len(given) != count:
+        raise BadField(field, f"has {len(given)} entries for {count} {what}")
+    return [value({f"{field}[{i}]": entry}, f"{field}[{i}]") for i, entry in enumerate(given)]
+
+
+def _truth(row: Row, field: str) -> bool:
+    if not isinstance(row[field], bool):
+        raise BadField(field, f"is {row[field]!r:.40}, expected true or false")
+    return row[field]
+
+
+def share_of(row: Row, field: str) -> float:
+    """The share in a field.
+
+    Raises:
+        BadField: not a number, or none between 0 and 1.
+    """
+    share = number_of(row, field)
+    if not 0 <= share <= 1:
+        raise BadField(field, f"is {row[field]!r:.40}, expected a share between 0 and 1")
+    return share

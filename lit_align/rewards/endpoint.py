@@ -1,0 +1,183 @@
+"""A server that scores completions over HTTP, as a reward."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lit_align.data.source import expand
+from lit_align.rewards.base import Reward, checked, named
+from lit_align.rewards.patience import TryAgain, patiently
+from lit_align.types import Rollout
+
+
+class EndpointReward(Reward):
+    """Scores completions by asking a server, in batches.
+
+    A request is a POST of JSON, `{"prompts": [...], "completions": [...]}` with one entry for each completion: the
+    prompt as its row has it, text or messages of role and content; and each of `columns` beside them under its name.
+    The answer is JSON too: `{"scores": [...]}`, or the list alone, one number for each completion in their order.
+
+    Args:
+        url: http or https; environment variables are filled in.
+        columns: what else to send of the prompts' rows, as in `[reference]`.
+        batch_size: completions in a request.
+        workers: requests under way at once.
+        timeout: seconds that an attempt may take.
+        retries: further attempts after a time-out, a broken connection, or a status of 408, 429 or 5xx.
+        pause: seconds before the first of them, doubled each time; a Retry-After of the server's counts instead.
+        headers: sent with each request. Environment variables are filled in, and `{Authorization: "Bearer ${TOKEN}"}`
+            keeps the secret out of the run's configuration.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        columns: Sequence[str] = (),
+        batch_size: int = 64,
+        workers: int = 1,
+        timeout: float = 60.0,
+        retries: int = 3,
+        pause: float = 1.0,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, workers) < 1 or timeout <= 0 or retries < 0 or pause < 0:
+            raise ValueError(
+                "EndpointReward: batch_size and workers must be at least 1, timeout above 0, retries and pause not "
+                f"negative; got {batch_size}, {workers}, {timeout}, {retries} and {pause}"
+            )
+        if {"prompts", "completions"} & set(columns):
+            raise ValueError("EndpointReward: prompts and completions are sent in any case: take them out of columns")
+        self.url, self.columns, self.headers = url, list(columns), dict(headers or {})
+        self.batch_size, self.workers = batch_size, workers
+        self.timeout, self.retries, self.pause = timeout, retries, pause
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Find out now whether a variable of the environment is missing."""
+        self._address()
+
+    def _address(self) -> tuple[str, dict[str, str]]:
+        url, headers = expand(self.url), {name: expand(value) for name, value in self.headers.items()}
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"EndpointReward: {url!r} is no address: it must begin with http:// or https://")
+        return url, headers
+
+    def forward(self, rollout: Rollout) -> Tensor:
+        """Shape (Q,).
+
+        Raises:
+            ValueError: the server answers something else than a finite number for each completion, or refuses the
+                request; names the prompts.
+            ConnectionError: no answer, whatever the retries; names the prompts.
+        """
+        url, headers = self._address()
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(self.workers, "reward")
+        try:
+            return torch.cat(
+                list(pool.map(lambda part: self._scores(part, url, headers, stop), rollout.parts(self.batch_size)))
+            )
+        finally:  # after an error the requests that wait are not sent, and those under way not tried again
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _scores(self, rollout: Rollout, url: str, headers: dict[str, str], stop: threading.Event) -> Tensor:
+        name, prompts = f"the reward at {url}", f"the prompts: {named(rollout.rows)}"
+        body = json.dumps(self._asked(rollout), default=str).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+        try:
+            answer = patiently(lambda: post(request, self.timeout), name, self.retries, self.pause, stop)
+        except TryAgain as problem:
+            raise ConnectionError(f"{problem}; {prompts}") from problem
+        except Refused as problem:
+            raise ValueError(f"{name} refuses the request with {problem}; {prompts}") from problem
+        try:
+            scores = json.loads(answer)
+        except ValueError as error:
+            raise ValueError(f"{name} answered {answer[:80]!r}, which is no JSON; {prompts}") from error
+        if isinstance(scores, dict):
+            if "scores" not in scores:
+                raise ValueError(f"{name} answered {answer[:80]!r}, which has no `scores`; {prompts}")
+            scores = scores["scores"]
+        return checked(scores, rollout, name)
+
+    def _asked(self, rollout: Rollout) -> dict[str, list[Any]]:
+        for column in self.columns:
+            for row in rollout.rows:
+                if column not in row:
+                    raise ValueError(f"EndpointReward sends the column {column!r}; the row has {', '.join(row)}")
+        asked: dict[str, list[Any]] = {"prompts": [row.get("prompt") for row in rollout.rows]}
+        asked["completions"] = rollout.texts
+        return asked | {column: [row[column] for row in rollout.rows] for column in self.columns}
+
+
+class Refused(Exception):
+    """A status that another attempt would not change."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib would follow a POST by a GET without its body."""
+
+    def redirect_request(self, *request: Any) -> None:
+        """Nowhere: the status becomes an error."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def post(request: urllib.request.Request, timeout: float) -> bytes:
+    """One attempt: the body of the answer.
+
+    Raises:
+        TryAgain: no answer in time, a broken connection, or a status of 408, 429 or 5xx.
+        Refused: another status.
+    """
+    deadline = time.monotonic() + timeout
+    try:
+        with _OPENER.open(request, timeout=timeout) as response:
+            body = b""
+            # The socket's own limit is on each of its silences: a server that drips would never meet it.
+            while piece := response.read1(1 << 16):
+                body += piece
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the answer is not at its end")
+            return body
+    except urllib.error.HTTPError as error:
+        with error:
+            said = f"status {error.code} ({error.reason})"
+            if error.headers.get("Location"):
+                raise Refused(f"{said}, which moves it to {error.headers['Location']}: give that as url") from error
+            if error.code not in (408, 429) and error.code < 500:
+                raise Refused(f"{said}: {_beginning(error)!r}") from error
+            raise TryAgain(said, _seconds(error.headers.get("Retry-After"))) from error
+    except TimeoutError as error:
+        raise TryAgain(f"no answer within {timeout:g} s") from error
+    except urllib.error.URLError as error:
+        late = isinstance(error.reason, TimeoutError)
+        raise TryAgain(f"no answer within {timeout:g} s" if late else str(error.reason)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise TryAgain(f"{type(error).__name__}: {error}") from error
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    try:
+        return error.read(200).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
+
+
+def _seconds(after: str | None) -> float | None:
+    """What Retry-After asks for, if it is a number; it may be a date."""
+    return float(after) if after is not None and after.strip().isdecimal() else None

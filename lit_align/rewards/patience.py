@@ -1,0 +1,82 @@
+"""Calls that may hang or fail for a while: a limit of time, and further attempts after growing pauses."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lightning.pytorch.utilities import rank_zero_info
+
+T = TypeVar("T")
+LONGEST_PAUSE = 60.0
+
+
+class TryAgain(Exception):
+    """What may be gone the next time.
+
+    Args:
+        reason: what it was.
+        after: seconds that it asks to wait for.
+    """
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+def patiently(call: Callable[[], T], what: str, retries: int, pause: float, stop: threading.Event | None = None) -> T:
+    """Call, and call again where it raises `TryAgain`.
+
+    Args:
+        call: what to do.
+        what: how messages name it.
+        retries: further attempts.
+        pause: seconds before the first of them; doubled each time, up to a minute.
+        stop: once set, there are no pauses and no further attempts.
+
+    Raises:
+        TryAgain: the last one, when all attempts are spent; names their number.
+    """
+    stop = stop or threading.Event()
+    attempt = 1
+    while True:
+        try:
+            return call()
+        except TryAgain as problem:
+            if attempt > retries or stop.is_set():
+                tried = f" in {attempt} attempts; the last" if attempt > 1 else ""
+                raise TryAgain(f"{what} gave no answer{tried}: {problem}") from problem
+            wait = pause * 2 ** (attempt - 1) if problem.after is None else problem.after
+            wait, attempt = min(wait, LONGEST_PAUSE), attempt + 1
+            rank_zero_info(f"{what}: {problem}; attempt {attempt} of {retries + 1} in {wait:g} s")
+            stop.wait(wait)
+
+
+def within(seconds: float | None, call: Callable[[], T]) -> T:
+    """Call, for so long and no longer; null for no limit.
+
+    Nothing can stop a thread of Python: one that hangs is left behind, as one that does not keep the process alive.
+
+    Raises:
+        TimeoutError: it has not come back.
+    """
+    if seconds is None:
+        return call()
+    returned: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            returned.put((call(), None))
+        except BaseException as error:
+            returned.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        value, error = returned.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return value
