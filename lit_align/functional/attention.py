@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def tree_mask(tree_RN: Tensor, branch_RN: Tensor, positions_RN: Tensor, window: int | None = None) -> Tensor:
@@ -31,3 +35,29 @@ def tree_mask(tree_RN: Tensor, branch_RN: Tensor, positions_RN: Tensor, window: 
         mask &= positions_RN[:, :, None] - positions_RN[:, None, :] < window
     mask |= torch.eye(n, dtype=torch.bool, device=tree_RN.device)
     return mask[:, None]
+
+
+def tree_rule(tree_RN: Tensor, branch_RN: Tensor, positions_RN: Tensor, window: int | None = None) -> Rule:
+    """The same mask as a question, row, head, query and key to yes or no: what FlexAttention compiles into its kernel.
+
+    Its blocks that are all no are never computed, so that a row of many trees costs what the trees cost. FlexAttention:
+    Dong et al. 2024.
+
+    Args:
+        tree_RN: see `tree_mask`.
+        branch_RN: likewise.
+        positions_RN: likewise.
+        window: likewise.
+
+    Returns:
+        A `mask_mod` of `torch.nn.attention.flex_attention.create_block_mask`.
+    """
+
+    def rule(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        tree, branch = tree_RN[r, q], branch_RN[r, k]
+        sees = (q >= k) & (tree >= 0) & (tree == tree_RN[r, k]) & ((branch == 0) | (branch == branch_RN[r, q]))
+        if window is not None:
+            sees = sees & (positions_RN[r, q] - positions_RN[r, k] < window)
+        return sees | (q == k)
+
+    return rule

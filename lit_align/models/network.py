@@ -34,7 +34,8 @@ class Network:
             Trainer's `precision`.
         dropout: set every dropout of the model to this; null keeps the model's own.
         lora: train low-rank adapters and freeze the rest.
-        attention: attention implementation; null lets transformers choose.
+        attention: attention implementation; null lets transformers choose. flex_attention, of GPUs, skips what the
+            mask of packed rows hides, which sdpa computes.
         activation_checkpointing: recompute activations in backward to save memory.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
@@ -47,7 +48,7 @@ class Network:
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     dropout: float | None = 0.0
     lora: Lora | None = None
-    attention: Literal["sdpa", "eager"] | None = None
+    attention: Literal["sdpa", "eager", "flex_attention"] | None = None
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
     revision: str | None = None

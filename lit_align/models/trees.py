@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lit_align.functional.attention import tree_mask
+from lit_align.functional.attention import tree_mask, tree_rule
 from lit_align.functional.packing import pack, unpack
 from lit_align.models.last_layer import only_read
 from lit_align.models.tree_attention import attends_by_tree, tree_blocks
@@ -19,14 +20,18 @@ from lit_align.types import Example, PackedBatch, Segment
 Read = Literal["source_S", "last_Q"]
 
 
-def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dtype) -> Any:
     """The mask a model wants for packed rows: one, or one per type of layer where some see only a sliding window."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = set(getattr(config, "layer_types", None) or ())
 
-    def mask(window: int | None) -> Tensor:
-        allowed = tree_mask(batch.tree_RN, batch.branch_RN, batch.positions_RN, window)
+    def mask(window: int | None) -> Tensor | BlockMask:
+        where = batch.tree_RN, batch.branch_RN, batch.positions_RN, window
+        if config._attn_implementation == "flex_attention":
+            (rows, tokens), device = batch.tokens_RN.shape, batch.tokens_RN.device
+            return create_block_mask(tree_rule(*where), rows, None, tokens, tokens, device)
+        allowed = tree_mask(*where)
         if config._attn_implementation != "eager":
             return allowed
         # Eager attention adds its mask to the scores, where a boolean would add 0 or 1.

@@ -3,12 +3,13 @@
 A mutant that a test was seen to kill is named above it.
 """
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_align.functional.attention import tree_mask
+from lit_align.functional.attention import tree_mask, tree_rule
 
 # A tree: tokens of the trunk, tokens of each branch.
 TREES = st.lists(st.tuples(st.integers(1, 4), st.lists(st.integers(1, 3), max_size=3)), min_size=1, max_size=3)
@@ -91,3 +92,16 @@ def test_rows_do_not_mix() -> None:
     both = tree_mask(tree_RN, branch_RN, positions_RN)
     alone = [tree_mask(tree_RN[r : r + 1], branch_RN[r : r + 1], positions_RN[r : r + 1]) for r in range(2)]
     assert torch.equal(both, torch.cat(alone))
+
+
+# Kills: query and key exchanged; the window counted along the row; rows' ends that see others.
+@pytest.mark.parametrize("window", [None, 2, 3])
+def test_the_rule_is_the_mask(window: int | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    tree_RN = torch.randint(0, 3, (4, 24), generator=draw).sort(1).values
+    tree_RN[:, 20:] = -1
+    branch_RN = torch.randint(0, 3, (4, 24), generator=draw)
+    positions_RN = torch.randint(0, 9, (4, 24), generator=draw)
+    rule = tree_rule(tree_RN, branch_RN, positions_RN, window)
+    r, q, k = torch.meshgrid(torch.arange(4), torch.arange(24), torch.arange(24), indexing="ij")
+    assert torch.equal(rule(r, torch.zeros_like(r), q, k), tree_mask(tree_RN, branch_RN, positions_RN, window)[:, 0])
