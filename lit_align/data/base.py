@@ -6,9 +6,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -104,7 +106,6 @@ class TextDataModule(LightningDataModule):
         self.encoder: ChatEncoder | None = None
         self._stores: dict[str, list[Store]] = {}
         self._order: Order | None = None
-        self._lengths: list[list[int]] = []
         self._held_out: list[Ref] = []
 
     # What a subclass says.
@@ -220,10 +221,9 @@ class TextDataModule(LightningDataModule):
 
     def longest_item(self) -> Item:
         """The training example with the most tokens, all its answers counted."""
-        store, item = max(
-            ((s, int(i)) for s, items in enumerate(self._training_order().sources) for i in items),
-            key=lambda ref: self._lengths[ref[0]][ref[1]],
-        )
+        sources = enumerate(self._training_order().sources)
+        longest = [(s, int(items[self._lengths[s][items].argmax()])) for s, items in sources if len(items)]
+        store, item = max(longest, key=lambda ref: self._lengths[ref[0]][ref[1]])
         return self._stores["train"][store][item]
 
     def shared_prompts(self) -> int:
@@ -259,22 +259,34 @@ class TextDataModule(LightningDataModule):
     def _split(self) -> None:
         stores = self._stores["train"]
         fraction = self.val_fraction if self.sources["val"] is None else 0.0
-        groups = [store.groups() for store in stores]
-        refs = [(s, i) for s, of_source in enumerate(groups) for i in range(len(of_source))]
-        train, held_out = split_by_group([group for of_source in groups for group in of_source], fraction)
-        kept: list[list[int]] = [[] for _ in stores]
-        for n in train:
-            kept[refs[n][0]].append(refs[n][1])
-        self._held_out = [refs[n] for n in held_out]
-        self._lengths = [store.lengths(self.share_prefix) for store in stores]
-        self._check_lengths(kept)
+        sizes = [len(store) for store in stores]
+        source = np.repeat(np.arange(len(stores)), sizes)
+        item = np.concatenate([np.empty(0, int), *map(np.arange, sizes)])
+        train, held_out = np.arange(len(item)), np.empty(0, int)
+        if fraction:
+            groups = [group for store in stores for group in store.groups()]
+            train, held_out = (np.asarray(side, int) for side in split_by_group(groups, fraction))
+        kept = [item[train[source[train] == s]] for s in range(len(stores))]
+        self._held_out = [(int(source[n]), int(item[n])) for n in held_out]
+        if self._sorts_by_length:
+            self._check_lengths(kept)  # now, and not in every worker
         self._order = Order(kept, [source.weight for source in self.sources["train"] or ()], self.seed)
 
-    def _check_lengths(self, kept: list[list[int]]) -> None:
-        room = self.micro_batch_tokens
+    @property
+    def _sorts_by_length(self) -> bool:
+        """Whether batches are shared out by tokens; otherwise nobody needs to know them."""
+        return self._world > 1 or self.micro_batch_tokens is not None
+
+    @cached_property
+    def _lengths(self) -> list[np.ndarray]:
+        """Tokens of each training example, of each source."""
+        return [store.lengths(self.share_prefix) for store in self._stores["train"]]
+
+    def _check_lengths(self, kept: list[np.ndarray]) -> None:
+        room = self.micro_batch_tokens or math.inf
         for s, (source, lengths) in enumerate(zip(self.sources["train"] or (), self._lengths, strict=True)):
-            longest = max(kept[s], key=lengths.__getitem__, default=None)
-            if room is not None and longest is not None and lengths[longest] > room:
+            longest = int(kept[s][lengths[kept[s]].argmax()]) if len(kept[s]) else None
+            if longest is not None and lengths[longest] > room:
                 example = self._stores["train"][s][longest].example
                 begin = self.tokenizer.decode(list(example.trunk.tokens[:24]))
                 raise ValueError(
@@ -300,7 +312,9 @@ class TextDataModule(LightningDataModule):
         """The number-th batch of this rank, or a list of its micro-batches: ranks share one global batch evenly."""
         order, size = self._training_order(), self.batch_size * self._world
         refs = [order[number * size + i] for i in range(size)]
-        lengths = [self._lengths[source][item] for source, item in refs]
+        if not self._sorts_by_length:
+            return self.collate([self._stores["train"][source][item] for source, item in refs])
+        lengths = [int(self._lengths[source][item]) for source, item in refs]
         mine = balance(lengths, self._world)[self._rank]
         items = [self._stores["train"][source][item] for source, item in (refs[i] for i in mine)]
         if self.micro_batch_tokens is None:

@@ -88,19 +88,27 @@ class Store:
         example = Example(Segment(record["trunk"], record["trunk_scored"]), branches)
         return Item(example, record["ranks"], record["margins"], record["group"], json.loads(record["row"]))
 
-    def lengths(self, share_prefix: bool = True) -> list[int]:
-        """Tokens that the model computes for every item, the prompt once or once for each answer."""
+    def lengths(self, share_prefix: bool = True) -> np.ndarray:
+        """Tokens that the model computes for every item, the prompt once or once for each answer.
+
+        Of the memory-mapped columns only the offsets are read, a chunk at a time.
+        """
         trunk = pc.list_value_length(self.data.data.column("trunk")).to_numpy()
-        branches = self.data.data.column("branches").combine_chunks()
-        answers = pc.list_value_length(branches).to_numpy(zero_copy_only=False)
-        tokens = pc.list_value_length(pc.list_flatten(branches)).to_numpy(zero_copy_only=False)
-        in_answers = np.bincount(pc.list_parent_indices(branches).to_numpy(), tokens, minlength=len(trunk))
-        times = 1 if share_prefix else np.maximum(answers, 1)
-        return (trunk * times + in_answers).astype(int).tolist()
+        chunks = self.data.data.column("branches").chunks
+        answers, in_answers = np.concatenate([np.empty((2, 0), int), *map(_answers, chunks)], axis=1)
+        return trunk * (1 if share_prefix else np.maximum(answers, 1)) + in_answers
 
     def groups(self) -> list[str]:
         """Group of every item."""
         return list(self.data["group"])
+
+
+def _answers(branches: pyarrow.ListArray) -> np.ndarray:
+    """How many answers every item has, and how many tokens in them. Shape (2, items)."""
+    answers = pc.list_value_length(branches).to_numpy(zero_copy_only=False)
+    tokens = pc.list_value_length(pc.list_flatten(branches)).to_numpy(zero_copy_only=False)
+    in_answers = np.bincount(pc.list_parent_indices(branches).to_numpy(), tokens, minlength=len(branches))
+    return np.stack([answers, in_answers.astype(int)])
 
 
 def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, cache_dir: Path | None) -> Store:
