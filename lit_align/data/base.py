@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_align.data.chat import ChatEncoder, Turns
 from lit_align.data.fit import Truncate
-from lit_align.data.loader import Loader, Position
-from lit_align.data.order import Order, Ref, split_by_group
+from lit_align.data.loader import Loader, Position, shares
+from lit_align.data.mixture import Timeline, check_resumed, order_of, report
+from lit_align.data.order import Order, Ref, hold_out
 from lit_align.data.rows import Row, Tally
-from lit_align.data.source import OnBadRow, Source, expand
-from lit_align.data.store import Item, Store, build, tokenizer_key
+from lit_align.data.source import OnBadRow, Source, expand, labels
+from lit_align.data.store import Item, Store, build, cache_folder, tokenizer_key
 from lit_align.functional.packing import balance, best_fit_decreasing, pack
 from lit_align.types import Example, PackedBatch
 
@@ -101,14 +101,18 @@ class TextDataModule(LightningDataModule):
         self.row_tokens = row_tokens
         self.share_prefix = share_prefix
         self.packing = packing
-        self.cache_dir = _cache_dir(cache_dir)
+        self.cache_dir = cache_folder(cache_dir)
         self.position = Position()
         self.encoder: ChatEncoder | None = None
         self._stores: dict[str, list[Store]] = {}
         self._order: Order | None = None
         self._held_out: list[Ref] = []
+        self.batches_per_epoch: int | None = None  # where another data module's batches set the pace
+        self.evaluated: list[str] = []  # names of the sources that the numbers in `PackedBatch.origin_E` stand for
 
     # What a subclass says.
+
+    encoding: Mapping[str, Any] = {}  # options of its own that `encode` depends on: part of the cache's key
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
         """Tokenise a row of the one schema; raise BadField where it does not fit this kind of data."""
@@ -182,11 +186,14 @@ class TextDataModule(LightningDataModule):
         return Loader(batch, math.ceil(len(refs) / size), self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches training has taken."""
-        return {"batches": self.position.batches}
+        """How many batches training has taken; and where its phases begin, if it has any."""
+        phases = {"phases": list(self._order.begins)} if self._order is not None and self._order.begins else {}
+        return {"batches": self.position.batches, **phases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there; refuse phases that have moved."""
+        if self._order is not None:
+            check_resumed(self._order, state_dict.get("phases", []))
         self.position.batches = state_dict["batches"]
 
     # The rest.
@@ -249,7 +256,8 @@ class TextDataModule(LightningDataModule):
         return self.encoder
 
     def _build(self, source: Source) -> Store:
-        options = [type(self).__qualname__, tokenizer_key(self.tokenizer), self.max_length, self.truncate, self.turns]
+        options: list[Any] = [type(self).__qualname__, tokenizer_key(self.tokenizer)]
+        options += [self.max_length, self.truncate, self.turns, *sorted(self.encoding.items())]
         return build(source, self.encode, json.dumps(options), self.on_bad_row, self.cache_dir)
 
     def _report(self, part: str) -> None:
@@ -259,18 +267,20 @@ class TextDataModule(LightningDataModule):
     def _split(self) -> None:
         stores = self._stores["train"]
         fraction = self.val_fraction if self.sources["val"] is None else 0.0
-        sizes = [len(store) for store in stores]
-        source = np.repeat(np.arange(len(stores)), sizes)
-        item = np.concatenate([np.empty(0, int), *map(np.arange, sizes)])
-        train, held_out = np.arange(len(item)), np.empty(0, int)
-        if fraction:
-            groups = [group for store in stores for group in store.groups()]
-            train, held_out = (np.asarray(side, int) for side in split_by_group(groups, fraction))
-        kept = [item[train[source[train] == s]] for s in range(len(stores))]
-        self._held_out = [(int(source[n]), int(item[n])) for n in held_out]
+        kept, self._held_out = hold_out(
+            [len(store) for store in stores], lambda: [group for store in stores for group in store.groups()], fraction
+        )
         if self._sorts_by_length:
             self._check_lengths(kept)  # now, and not in every worker
-        self._order = Order(kept, [source.weight for source in self.sources["train"] or ()], self.seed)
+        sources, timeline = self.sources["train"] or [], partial(self._timeline, sum(map(len, kept)))
+        self._order = order_of(sources, kept, self.seed, timeline)
+        if self.trainer is not None or not self._order.begins:  # whose phases are those of no training
+            for line in report(sources, self._order, timeline):
+                rank_zero_info(line)
+
+    def _timeline(self, examples: int) -> Timeline:
+        size = self.batch_size * self._world
+        return Timeline(self.trainer, self.batches_per_epoch or math.ceil(examples / size), size)
 
     @property
     def _sorts_by_length(self) -> bool:
@@ -325,7 +335,7 @@ class TextDataModule(LightningDataModule):
     def _evaluation(self, part: str) -> Loader:
         if self.sources[part] is None:
             part = "val" if self.sources["val"] is not None else "train"
-        stores, refs = self._stores[part], self._held_out
+        stores, refs, self.evaluated = self._stores[part], self._held_out, labels(self.sources[part] or ())
         if part != "train":
             refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
         if not refs:
@@ -336,21 +346,12 @@ class TextDataModule(LightningDataModule):
             )
         if len(refs) < self._world:
             raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
-        mine = refs[self._rank :: self._world]
-        # As many batches on every process: a model that is spread over them waits for all at each.
-        even = math.ceil(math.ceil(len(refs) / self._world) / self.val_batch_size)
-        batches = min(even, len(refs) // self._world)
+        mine = shares(len(refs), self._rank, self._world, self.val_batch_size)
 
         def batch(number: int) -> Any:
-            start, end = number * len(mine) // batches, (number + 1) * len(mine) // batches
-            return self.collate([stores[s][i] for s, i in mine[start:end]])
+            chosen = [refs[n] for n in mine[number]]
+            made = self.collate([stores[s][i] for s, i in chosen])
+            origins = torch.tensor([s for s, _ in chosen])
+            return made._replace(origin_E=origins) if isinstance(made, PackedBatch) else made
 
-        return Loader(batch, batches, self.num_workers)
-
-
-def _cache_dir(given: str | None) -> Path | None:
-    if given == "none":
-        return None
-    if given is not None:
-        return Path(expand(given))
-    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "data"
+        return Loader(batch, len(mine), self.num_workers)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.rows import BadField, BadRow, Row, Tally
-from lit_align.data.source import OnBadRow, Source
+from lit_align.data.source import OnBadRow, Source, expand
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
@@ -169,6 +169,15 @@ def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadR
     finally:
         partial.unlink(missing_ok=True)
         told.unlink(missing_ok=True)
+
+
+def cache_folder(given: str | None) -> Path | None:
+    """Where tokenised data is kept: what is given, "none" for nowhere, or the user's cache folder."""
+    if given == "none":
+        return None
+    if given is not None:
+        return Path(expand(given))
+    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "data"
 
 
 def _writable(folder: Path) -> bool:
