@@ -45,6 +45,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "ppo_reinforce++_baseline": {"advantage": "reinforce++_baseline", "kl_in": "loss", "kl_estimator": "k2"},
     "ppo_remax": {"advantage": "remax"},
 }
+# Supervised losses beside the plain one.
+SUPERVISED: dict[str, dict[str, Any]] = {"sft_dft": {"loss": "dft"}, "sft_neftune": {"neftune_alpha": 5.0}}
 WORDS = "a bee sea dee eh eff gee".split()
 
 
@@ -90,8 +92,8 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
     common: dict[str, Any] = {"optimizer": functools.partial(torch.optim.SGD, lr=1.0)}
     data = {"val_fraction": 0.0, "cache_dir": "none", **data}
     demos, rankings = [Source(str(rows / "demos.json"))], [Source(str(rows / "rankings.json"))]
-    if method == "sft":
-        return SFTModule(network, **common), InstructionDataModule(folder, demos, **data)
+    if method.startswith("sft"):
+        return SFTModule(network, **SUPERVISED.get(method, {}), **common), InstructionDataModule(folder, demos, **data)
     if method == "reward":
         return RewardModule(network, centering=0.01, **common), PreferenceDataModule(folder, rankings, **data)
     if method.startswith("dpo"):
