@@ -3,6 +3,7 @@
 from lit_align.callbacks.checkpoint import RunCheckpoint
 from lit_align.callbacks.completions import CompletionsTable
 from lit_align.callbacks.divergence import Diverged, DivergenceGuard
+from lit_align.callbacks.ema import WeightEMA
 from lit_align.callbacks.export import HFExport
 from lit_align.callbacks.manifest import Manifest
 from lit_align.callbacks.metrics_csv import MetricsCSV
@@ -23,5 +24,6 @@ __all__ = [
     "ProgressLines",
     "RunCheckpoint",
     "SaveRunConfig",
+    "WeightEMA",
     "progress",
 ]

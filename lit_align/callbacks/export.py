@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_align.callbacks.ema import WeightEMA
 from lit_align.models.export import export
 
 
@@ -14,7 +16,8 @@ class HFExport(Callback):
     """At the end of fitting, writes weights, tokenizer and chat template to `folder`.
 
     The tokenizer is the data module's, as it was used: with the chat template that the model was trained on, and the
-    tokens that end an answer as stop tokens of the generation configuration.
+    tokens that end an answer as stop tokens of the generation configuration. Where a `WeightEMA` averaged the weights,
+    it is the average.
 
     Args:
         folder: where to.
@@ -30,4 +33,6 @@ class HFExport(Callback):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = getattr(datamodule, "tokenizer", None) or getattr(pl_module, "tokenizer", None)
-        export(exported(), tokenizer, self.folder, getattr(datamodule, "stop_ids", ()))
+        averages = [c.applied(pl_module) for c in trainer.callbacks if isinstance(c, WeightEMA)]  # type: ignore[attr-defined]
+        with averages[0] if averages else contextlib.nullcontext():
+            export(exported(), tokenizer, self.folder, getattr(datamodule, "stop_ids", ()))

@@ -40,7 +40,8 @@ class PreferenceDataModule(TextDataModule):
     def __init__(self, tokenizer: str, train: list[Source], keep_ties: bool = False, **options: Any) -> None:
         super().__init__(tokenizer, train, **options)
         self.keep_ties = keep_ties
-        self.encodes_by = ["keep_ties"] if keep_ties else []
+        if keep_ties:
+            self.encoding = {"keep_ties": True}
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
         """One item, or none where all answers are equal or tie."""

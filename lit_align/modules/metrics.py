@@ -1,4 +1,4 @@
-"""Held-out accuracy on pairs, counted prompt by prompt, and synchronised over ranks once an epoch."""
+"""Held-out accuracy on pairs, and loss by source: counted by example, and synchronised over ranks once an epoch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lit_align.functional.interval import clustered_share
 from lit_align.functional.reward import RankedPairs
+from lit_align.types import PackedBatch
 
 
 class PairAccuracy(Metric):
@@ -37,3 +38,34 @@ class PairAccuracy(Metric):
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Share, lower and upper end."""
         return clustered_share(dim_zero_cat(self.hits), dim_zero_cat(self.counts))
+
+
+class LossBySource(Metric):
+    """Negative log-likelihood per scored token, in nats, of the examples of each data source.
+
+    `compute` gives a mean for each source that had examples, by its number.
+    """
+
+    full_state_update = False
+    losses: list[Tensor]
+    tokens: list[Tensor]
+    sources: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("losses", "tokens", "sources"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, logps_S: Tensor, batch: PackedBatch) -> None:
+        """Add a batch that says where its examples come from."""
+        example_S = batch.example_Q[batch.sequence_S]
+        zeros_E = torch.zeros(batch.num_examples, device=logps_S.device)
+        self.losses.append(zeros_E.index_add(0, example_S, -logps_S.float()))
+        self.tokens.append(zeros_E.index_add(0, example_S, torch.ones_like(logps_S, dtype=torch.float)))
+        self.sources.append(batch.origin_E)
+
+    def compute(self) -> dict[int, Tensor]:
+        """Means, by the number of the source."""
+        losses, tokens, sources = map(dim_zero_cat, (self.losses, self.tokens, self.sources))
+        kinds = sources.unique().tolist()
+        return {source: losses[sources == source].sum() / tokens[sources == source].sum() for source in kinds}

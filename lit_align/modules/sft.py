@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lit_align.functional.sft import sft_loss
+from lit_align.functional.sft import SFT_LOSSES, LossName, sft_loss
 from lit_align.models.network import Network
+from lit_align.modules.metrics import LossBySource
+from lit_align.modules.neftune import noisy_embeddings
 from lit_align.modules.policy import PolicyModule
 from lit_align.types import PackedBatch
 
@@ -16,25 +18,40 @@ from lit_align.types import PackedBatch
 class SFTModule(PolicyModule):
     """Trains a language model to say what the demonstrations say (Ouyang et al. 2022, step 1).
 
-    Which tokens count is the data's business: a batch lists them.
+    Which tokens count is the data's business: a batch lists them. Whatever is trained on, validation is plain negative
+    log-likelihood, of all held-out tokens and of those of each source.
 
     Args:
         network: the model to train.
+        loss: a name of `functional/sft.py`: nll, or dft to weigh tokens by their probability (Wu et al. 2025).
+        neftune_alpha: size of the noise on embeddings in training (Jain et al. 2023); null for none.
         options: those of `PolicyModule`.
     """
 
-    def __init__(self, network: Network, **options: Any) -> None:
+    def __init__(
+        self, network: Network, loss: LossName = "nll", neftune_alpha: float | None = None, **options: Any
+    ) -> None:
         super().__init__(network, **options)
+        if neftune_alpha is not None and neftune_alpha < 0:
+            raise ValueError(f"neftune_alpha must not be negative, got {neftune_alpha}; null adds no noise")
+        self.loss_function = SFT_LOSSES[loss]
+        self.neftune_alpha = neftune_alpha
         self.loss = MeanMetric()
+        self.loss_by_source = LossBySource()
 
     def micro_step(self, batch: PackedBatch) -> Tensor:
-        """Negative log-likelihood of the scored tokens."""
-        return self.accumulate(*sft_loss(self.policy(batch).logps_S))
+        """The loss of the scored tokens."""
+        if not self.neftune_alpha:
+            return self.accumulate(*self.loss_function(self.policy(batch).logps_S))
+        with noisy_embeddings(self.policy, batch, self.neftune_alpha, seed=self.seed * 1_000_003 + self.global_step):
+            return self.accumulate(*self.loss_function(self.policy(batch).logps_S))
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """The same, to be a mean over all tokens of the held-out set."""
-        loss, tokens = sft_loss(self.policy(batch).logps_S)
+        """Negative log-likelihood, to be a mean over all tokens of the held-out set."""
+        logps_S = self.policy(batch).logps_S
+        loss, tokens = sft_loss(logps_S)
         self.loss.update(loss / tokens, tokens)
+        self.loss_by_source.update(logps_S, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Nats per token, and their exponential."""
@@ -42,6 +59,16 @@ class SFTModule(PolicyModule):
         self.loss.reset()
         self.log(f"{self.stage}/loss", loss, prog_bar=True)
         self.log(f"{self.stage}/perplexity", loss.exp())
+        self._log_by_source()
+
+    def _log_by_source(self) -> None:
+        """The loss of each source, where the batches say which there are, and there are several."""
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = getattr(datamodule, "evaluated", [])
+        if self.loss_by_source.update_called and len(names) > 1:
+            for source, loss in self.loss_by_source.compute().items():
+                self.log(f"{self.stage}/loss/{names[source]}", loss)
+        self.loss_by_source.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

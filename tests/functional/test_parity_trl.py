@@ -47,7 +47,7 @@ from lit_align.functional.dpo_losses import DPO_LOSSES
 from lit_align.functional.kto import kto_loss
 from lit_align.functional.packing import pack
 from lit_align.functional.reward import bradley_terry_loss, ranked_pairs
-from lit_align.functional.sft import sft_loss
+from lit_align.functional.sft import SFT_LOSSES, sft_loss
 from lit_align.models import LanguageModel, ScalarModel
 from lit_align.models.scratch import word_tokenizer
 from lit_align.types import Example, PackedBatch, Segment
@@ -157,7 +157,8 @@ def pair_logps(batch: PackedBatch, policy: LanguageModel, reference: LanguageMod
     )
 
 
-def test_sft_loss_of_completions(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_sft_loss_of_completions(loss: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """No difference: a sum over completion tokens, EOS included, divided by their number.
 
     TRL divides by the count of the batch here, and by that of all micro-batches when its Trainer hands it over; we
@@ -166,7 +167,7 @@ def test_sft_loss_of_completions(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     rows = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in PAIRS]
     trainer = SFTTrainer(
         language_model(tokenizer, 0),
-        args=SFTConfig(**options(tmp_path)),
+        args=SFTConfig(**options(tmp_path), loss_type=loss),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
     )
@@ -180,7 +181,7 @@ def test_sft_loss_of_completions(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     batch = pack(examples, row_tokens=32)
     assert len(batch.tokens_RN) < len(rows)
     model = LanguageModel(language_model(tokenizer, 0))
-    total, count = sft_loss(model(batch).logps_S)
+    total, count = SFT_LOSSES[loss](model(batch).logps_S)
     check(total / count, expected, model, trainer.model)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import support.runs
 import torch
-from support.runs import ESTIMATORS, METHODS, TARGETS, one_step, write_rows
+from support.runs import ESTIMATORS, METHODS, SUPERVISED, TARGETS, one_step, write_rows
 from support.tiny import ARCHITECTURES, tiny_folder
 from torch import Tensor
 
@@ -75,7 +75,10 @@ def assert_same(one: Result, other: Result, what: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "architecture"),
-    [*itertools.product(METHODS, ARCHITECTURES), *((special, "llama") for special in (*ESTIMATORS, *TARGETS))],
+    [
+        *itertools.product(METHODS, ARCHITECTURES),
+        *((special, "llama") for special in (*ESTIMATORS, *TARGETS, *SUPERVISED)),
+    ],
 )
 def test_micro_batches_packing_sharing_and_order_change_nothing(
     method: str, architecture: str, place: Callable[[str], tuple[str, Path]]
@@ -95,7 +98,7 @@ def test_a_reference_that_is_computed_once_is_the_live_one(place: Callable[[str]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [*METHODS, *ESTIMATORS, *TARGETS])
+@pytest.mark.parametrize("method", [*METHODS, *ESTIMATORS, *TARGETS, *SUPERVISED])
 def test_two_processes_are_one(method: str, place: Callable[[str], tuple[str, Path]], tmp_path: Path) -> None:
     folder, rows = place("llama")
     options = {

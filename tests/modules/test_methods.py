@@ -27,7 +27,7 @@ from lit_align import (
     Source,
 )
 from lit_align.callbacks import RunCheckpoint
-from lit_align.modules import Constant, Cosine, Linear
+from lit_align.modules import WSD, Constant, Cosine, Linear
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_a_checkpoint_of_another_model_is_refused(place: Path) -> None:
         trainer(max_epochs=2).fit(other, demos(place), ckpt_path=str(place / "ckpt" / "last.ckpt"))
 
 
-@pytest.mark.parametrize("schedule", [Constant(0.5), Linear(2, floor=0.1), Cosine(0.25)])
+@pytest.mark.parametrize("schedule", [Constant(0.5), Linear(2, floor=0.1), Cosine(0.25), WSD(1, 0.5)])
 def test_schedules_stretch_over_the_optimizer_steps_of_the_run(place: Path, schedule: Any) -> None:
     module = SFTModule(network(place), optimizer=adam(1.0), schedule=schedule)
     rates: list[float] = []
@@ -181,6 +181,30 @@ def test_schedule_factors() -> None:
     assert Constant(4).factor(7, 8) == 1.0
     with pytest.raises(ValueError, match="floor"):
         Linear(floor=2.0)
+
+
+def test_warmup_stable_decay() -> None:
+    def factors(*options: Any, steps: int = 10) -> list[float]:
+        return [WSD(*options).factor(step, 10) for step in range(steps)]
+
+    stable = [1 / 3, 2 / 3, *[1.0] * 4]
+    assert factors(2, 4, steps=12) == pytest.approx([*stable, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
+    assert factors(0.2, 0.4) == pytest.approx(factors(2, 4))
+    assert factors(2, 4, "linear", 0.2) == pytest.approx([*stable, 1.0, 0.8, 0.6, 0.4])
+    half = math.sqrt(0.5)
+    cosine = [1.0, 0.5 + 0.5 * half, 0.5, 0.5 - 0.5 * half]
+    assert factors(2, 4, "cosine") == pytest.approx([*stable, *cosine])
+    # Half of it is left after every T = decay_steps / 2 steps: floor 1 / 4.
+    assert factors(2, 4, "exponential", 0.25, steps=12) == pytest.approx(
+        [*stable, 1.0, half, 0.5, 0.5 * half, 0.25, 0.25]
+    )
+    assert factors(0, 0) == [1.0] * 10
+    with pytest.raises(ValueError, match="give a floor"):
+        WSD(0, 4, "exponential")
+    with pytest.raises(ValueError, match="nor exceed 1"):
+        WSD(0.6, 0.5)
+    with pytest.raises(ValueError, match="8 steps of warm-up and 4 of decay do not fit in 10 optimizer steps"):
+        WSD(8, 4).factor(0, 10)
 
 
 def test_a_schedule_without_an_end_is_refused(place: Path) -> None:

@@ -50,6 +50,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "reward_shares": {"label_smoothing": 0.1, "centering": 0.01},
     "reward_regression": {"loss": "regression"},
 }
+# Supervised losses beside the plain one.
+SUPERVISED: dict[str, dict[str, Any]] = {"sft_dft": {"loss": "dft"}, "sft_neftune": {"neftune_alpha": 5.0}}
 WORDS = "a bee sea dee eh eff gee".split()
 
 
@@ -102,8 +104,8 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
     common: dict[str, Any] = {"optimizer": functools.partial(torch.optim.SGD, lr=1.0)}
     data = {"val_fraction": 0.0, "cache_dir": "none", **data}
     demos, rankings = [Source(str(rows / "demos.json"))], [Source(str(rows / "rankings.json"))]
-    if method == "sft":
-        return SFTModule(network, **common), InstructionDataModule(folder, demos, **data)
+    if method.startswith("sft"):
+        return SFTModule(network, **SUPERVISED.get(method, {}), **common), InstructionDataModule(folder, demos, **data)
     if method in TARGETS:
         judged = [Source(str(rows / "judged.json"))]
         return RewardModule(network, **TARGETS[method], **common), PreferenceDataModule(
