@@ -150,6 +150,29 @@ def _hh_turns(field: str, text: str) -> Messages:
     return turns
 
 
+def preferred(row: Row) -> list[Row]:
+    """The preferred answer of a pair, or of HH-RLHF, as a demonstration (Preferred-FT of Rafailov et al. 2023)."""
+    (pair,) = (hh if recognise(row) == "hh" else pairs)(row)
+    return [{"prompt": pair["prompt"], "completion": filled({"chosen": pair["completions"][0]}, "chosen")}]
+
+
+def nectar(row: Row) -> list[Row]:
+    """Nectar: a dialogue that ends with the user's turn, as in HH-RLHF, and answers of {"answer", "rank"}."""
+    asked = filled(row, "prompt").rstrip()
+    if not asked.endswith("\n\nAssistant:"):
+        raise BadField("prompt", f"ends with {asked[-20:]!r}, expected a turn of the assistant that is to be written")
+    answers = []
+    for i, answer in enumerate(list_of(row, "answers")):
+        if not isinstance(answer, dict):
+            raise BadField(f"answers[{i}]", f"is {type(answer).__name__}, expected answer and rank")
+        try:
+            answers.append((text_of(answer, "answer").strip(), number_of(answer, "rank")))
+        except BadField as problem:
+            raise problem.inside(f"answers[{i}]") from None
+    texts, ranks = zip(*answers, strict=True)
+    return [{"prompt": _hh_turns("prompt", asked)[:-1], "completions": list(texts), "ranks": list(ranks)}]
+
+
 def oasst(row: Row) -> list[Row]:
     """OpenAssistant message trees: every prompter turn whose replies people ranked becomes one ranking."""
     rankings: list[Row] = []
@@ -278,7 +301,7 @@ FORMATS: dict[str, Reader] = {
     reader.__name__: reader
     for reader in (
         alpaca, instances, sharegpt, messages, prompt_completion, pairs, hh, oasst, pair_labels, rankings, prompts,
-        turns, questions, choices, text,
+        turns, questions, choices, text, preferred, nectar,
     )
 }  # fmt: skip
 
@@ -287,6 +310,7 @@ _SIGNS: list[tuple[str, set[str]]] = [
     ("sharegpt", {"conversations"}),
     ("instances", {"instruction", "instances"}),
     ("rankings", {"prompt", "completions", "ranks"}),
+    ("nectar", {"prompt", "answers", "good_natured"}),
     ("pair_labels", {"question", "prediction 1", "preference"}),
     ("pairs", {"instruction", "chosen", "rejected"}),
     ("pairs", {"prompt", "chosen", "rejected"}),

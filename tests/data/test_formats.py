@@ -22,8 +22,15 @@ def test_golden_row(name: str) -> None:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_format_is_told_from_the_columns(name: str) -> None:
     format, raw, _ = GOLDEN[name]
-    # A question looks like any prompt: whether it goes into a user's turn is for the user to say.
-    assert recognise(raw) == ("prompts" if format == "questions" else format)
+    # A question looks like any prompt: whether it goes into a user's turn is for the user to say; and so is whether the
+    # preferred answer of a pair is to be imitated.
+    assert recognise(raw) == {"questions": "prompts", "preferred": "hh"}.get(format, format)
+
+
+def test_the_preferred_answer_of_any_pair() -> None:
+    assert FORMATS["preferred"]({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}) == [
+        {"prompt": "Hi", "completion": "Yo"}
+    ]
 
 
 def test_every_format_has_a_golden_row() -> None:
@@ -115,6 +122,13 @@ BAD: list[tuple[tuple[str, dict], str]] = [
     # A file whose texts were stripped: the first turn must not get lost.
     (changed("hh", chosen="Human: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant: Yo"), "'chosen' is not a dialogue"),
     (changed("hh", **dict.fromkeys(("chosen", "rejected"), TWICE)), "'chosen' has nothing that its last turn"),
+    (changed("preferred", chosen=DROP), "'rejected' fits no known format"),
+    (changed("preferred", chosen=GOLDEN["preferred"][1]["rejected"]), "'chosen' is empty"),
+    (changed("nectar", prompt="\n\nHuman: Hi"), "'prompt' ends with '.*Human: Hi', expected a turn of the assistant"),
+    (changed("nectar", prompt="\n\nAssistant: "), "'prompt' is not a dialogue"),
+    (changed("nectar", answers=["Yo"]), r"'answers\[0\]' is str, expected answer and rank"),
+    (changed("nectar", answers=[{"answer": "Yo"}]), r"'answers\[0\].rank' is NoneType"),
+    (changed("nectar", answers=[{"answer": 1, "rank": 1}]), r"'answers\[0\].answer' is int"),
     (changed("oasst", prompt=None), "'prompt' is NoneType, expected a message of a tree"),
     (changed("oasst", prompt={**TREE, "text": None}), "'prompt.text' is null"),
     (changed("oasst", prompt={**TREE, "role": "user"}), "'prompt.role' is 'user', expected one of prompter, assistant"),
