@@ -102,9 +102,16 @@ def pairs(row: Row) -> list[Row]:
     """Preference pairs: prompt (or Alpaca's instruction and input), chosen, rejected, optional margin.
 
     Where the two are whole conversations, they differ in the last turn, and what comes before it is the prompt, beside
-    whatever a prompt column says (UltraFeedback, TRL's implicit prompt).
+    whatever a prompt column says (UltraFeedback, TRL's implicit prompt). Optional of sampled answers: `finished`, of
+    chosen and of rejected, as in `rankings`.
     """
     margin = None if row.get("margin") is None else number_of(row, "margin")
+    # No list is someone else's column of that name.
+    finished = _per_answer(row, "finished", 2, _truth) if isinstance(row.get("finished"), list) else None
+    return [pair if finished is None else {**pair, "finished": finished} for pair in _pairs(row, margin)]
+
+
+def _pairs(row: Row, margin: float | None) -> list[Row]:
     sides = [row.get("chosen"), row.get("rejected")]
     asked = row.get("prompt") is not None or row.get("instruction") is not None
     if any(isinstance(side, list) and len(side) > 1 for side in sides) or not asked:

@@ -91,6 +91,24 @@ GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
         {"prompt": [HI], "chosen": "Yo", "rejected": "No", "margin": 2},
         [{"prompt": [HI], "completions": ["Yo", "No"], "ranks": [0.0, 1.0], "margins": [2.0, 0.0]}],
     ),
+    "pairs, sampled": (
+        "pairs",
+        {"prompt": [HI], "chosen": "Yo", "rejected": "No", "margin": 2, "finished": [False, True]},
+        [
+            {
+                "prompt": [HI],
+                "completions": ["Yo", "No"],
+                "ranks": [0.0, 1.0],
+                "margins": [2.0, 0.0],
+                "finished": [False, True],
+            }
+        ],
+    ),
+    "pairs, somebody's column of that name": (
+        "pairs",
+        {"prompt": "Hi", "chosen": "Yo", "rejected": "No", "finished": True},
+        [{"prompt": "Hi", "completions": ["Yo", "No"], "ranks": [0.0, 1.0]}],
+    ),
     "pairs, Alpaca's columns": (
         "pairs",
         {"instruction": "Hi", "input": "x", "output": "unused", "rejected": "No", "chosen": "Yo"},

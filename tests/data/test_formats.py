@@ -108,6 +108,8 @@ BAD: list[tuple[tuple[str, dict], str]] = [
     (changed("pairs with a margin", margin="0.5"), r"'margin' is str \('0.5'\), expected a number"),
     (changed("pairs with a margin", margin=True), "'margin' is bool"),
     (changed("pairs with a margin", margin=float("nan")), "'margin' is nan, expected a finite number"),
+    (changed("pairs, sampled", finished=[True]), "'finished' has 1 entries for 2 completions"),
+    (changed("pairs, sampled", finished=[True, 0]), r"'finished\[1\]' is 0, expected true or false"),
     (changed("pairs, implicit prompt", rejected=[WELL, NO]), "'rejected' answers another conversation than chosen"),
     (changed("pairs, implicit prompt", chosen=[YO], rejected=[NO]), "'chosen' has nothing that its last turn"),
     (changed("pairs, implicit prompt", chosen=[HI, YO, WELL], rejected=[HI]), "'chosen' ends with a turn of user"),
