@@ -31,7 +31,7 @@ FOLDER = experiments().resolve() / "recipes"
 RECIPES = sorted(folder.parent for folder in FOLDER.glob("*/pipeline.yaml"))
 STAGES = sorted(file for file in FOLDER.glob("*/*.yaml") if file.name != "pipeline.yaml")
 WANTED = {
-    "instructgpt", "ziegler2019", "n_plus_tldr", "dpo_tldr", "dpo_hh", "zephyr", "tulu3", "simpo", "grpo_gsm8k",
+    "instructgpt", "ziegler2019", "n_plus_tldr", "dpo_tldr", "dpo_hh", "zephyr", "tulu3", "simpo", "gao2022", "grpo_gsm8k",
 }  # fmt: skip
 
 
@@ -101,6 +101,7 @@ def test_what_is_not_cited_is_found() -> None:
 # Runs.
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "EleutherAI/pythia-70m": ("gpt_neox", {}),
     "EleutherAI/pythia-1.4b": ("gpt_neox", {}),
     "EleutherAI/pythia-1b-deduped": ("gpt_neox", {}),
     "EleutherAI/pythia-2.8b": ("gpt_neox", {}),
@@ -110,7 +111,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "princeton-nlp/Llama-3-Base-8B-SFT": ("llama", {"num_key_value_heads": 2}),
     "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", {"num_key_value_heads": 2}),
 }
-SCORERS = {"allenai/Llama-3.1-Tulu-3-8B-RM": ("llama", {"num_key_value_heads": 2})}
+SCORERS = {
+    "allenai/Llama-3.1-Tulu-3-8B-RM": ("llama", {"num_key_value_heads": 2}),
+    "Skywork/Skywork-Reward-Llama-3.1-8B-v0.2": ("llama", {"num_key_value_heads": 2}),
+}
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -255,7 +259,8 @@ SMALL: dict[str, Callable[[Any], Any]] = {
 
 def shrunk(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: SMALL[key](item) if key in SMALL else shrunk(item) for key, item in value.items()}
+        scalars = {key: SMALL[key](item) for key, item in value.items() if key in SMALL and not isinstance(item, dict)}
+        return {key: scalars.get(key, shrunk(item)) for key, item in value.items()}
     return [shrunk(item) for item in value] if isinstance(value, list) else value
 
 
@@ -278,6 +283,7 @@ ALIASES = {
     "tokenizer": "tokenizer_name",
     "train": "sources",
     "val": "sources",
+    "predict": "sources",
 }
 
 
