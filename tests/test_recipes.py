@@ -31,7 +31,8 @@ FOLDER = experiments().resolve() / "recipes"
 RECIPES = sorted(folder.parent for folder in FOLDER.glob("*/pipeline.yaml"))
 STAGES = sorted(file for file in FOLDER.glob("*/*.yaml") if file.name != "pipeline.yaml")
 WANTED = {
-    "instructgpt", "ziegler2019", "n_plus_tldr", "dpo_tldr", "dpo_hh", "zephyr", "tulu3", "simpo", "gao2022", "grpo_gsm8k",
+    "instructgpt", "ziegler2019", "n_plus_tldr", "dpo_tldr", "dpo_hh", "zephyr", "tulu3", "simpo", "gao2022",
+    "grpo_gsm8k",
 }  # fmt: skip
 
 
