@@ -56,6 +56,7 @@ class PackedBatch(NamedTuple):
         sequence_S: which sequence the scored token belongs to; ascending.
         last_Q: index, into the R * N hidden states, of each sequence's last token.
         example_Q: which example each sequence belongs to; ascending, 0 .. E - 1.
+        origin_E: number of the data source that each example comes from; 0 where nobody says.
     """
 
     tokens_RN: Tensor
@@ -67,6 +68,7 @@ class PackedBatch(NamedTuple):
     sequence_S: Tensor
     last_Q: Tensor
     example_Q: Tensor
+    origin_E: Tensor
 
     @property
     def num_sequences(self) -> int:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_align.data.chat import ChatEncoder, Turns
 from lit_align.data.fit import Truncate
-from lit_align.data.loader import Loader, Position
-from lit_align.data.order import Order, Ref, split_by_group
+from lit_align.data.loader import Loader, Position, shares
+from lit_align.data.mixture import Timeline, check_resumed, order_of, report
+from lit_align.data.order import Order, Ref, hold_out
 from lit_align.data.rows import Row, Tally
-from lit_align.data.source import OnBadRow, Source, expand
-from lit_align.data.store import Item, Store, build, tokenizer_key
+from lit_align.data.source import OnBadRow, Source, expand, labels
+from lit_align.data.store import Item, Store, build, cache_folder, tokenizer_key
 from lit_align.functional.packing import balance, best_fit_decreasing, pack
 from lit_align.types import Example, PackedBatch
 
@@ -99,15 +101,18 @@ class TextDataModule(LightningDataModule):
         self.row_tokens = row_tokens
         self.share_prefix = share_prefix
         self.packing = packing
-        self.cache_dir = _cache_dir(cache_dir)
+        self.cache_dir = cache_folder(cache_dir)
         self.position = Position()
         self.encoder: ChatEncoder | None = None
         self._stores: dict[str, list[Store]] = {}
         self._order: Order | None = None
-        self._lengths: list[list[int]] = []
         self._held_out: list[Ref] = []
+        self.batches_per_epoch: int | None = None  # where another data module's batches set the pace
+        self.evaluated: list[str] = []  # names of the sources that the numbers in `PackedBatch.origin_E` stand for
 
     # What a subclass says.
+
+    encoding: Mapping[str, Any] = {}  # options of its own that `encode` depends on: part of the cache's key
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
         """Tokenise a row of the one schema; raise BadField where it does not fit this kind of data."""
@@ -181,11 +186,14 @@ class TextDataModule(LightningDataModule):
         return Loader(batch, math.ceil(len(refs) / size), self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches training has taken."""
-        return {"batches": self.position.batches}
+        """How many batches training has taken; and where its phases begin, if it has any."""
+        phases = {"phases": list(self._order.begins)} if self._order is not None and self._order.begins else {}
+        return {"batches": self.position.batches, **phases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there; refuse phases that have moved."""
+        if self._order is not None:
+            check_resumed(self._order, state_dict.get("phases", []))
         self.position.batches = state_dict["batches"]
 
     # The rest.
@@ -220,10 +228,9 @@ class TextDataModule(LightningDataModule):
 
     def longest_item(self) -> Item:
         """The training example with the most tokens, all its answers counted."""
-        store, item = max(
-            ((s, int(i)) for s, items in enumerate(self._training_order().sources) for i in items),
-            key=lambda ref: self._lengths[ref[0]][ref[1]],
-        )
+        sources = enumerate(self._training_order().sources)
+        longest = [(s, int(items[self._lengths[s][items].argmax()])) for s, items in sources if len(items)]
+        store, item = max(longest, key=lambda ref: self._lengths[ref[0]][ref[1]])
         return self._stores["train"][store][item]
 
     def shared_prompts(self) -> int:
@@ -249,7 +256,8 @@ class TextDataModule(LightningDataModule):
         return self.encoder
 
     def _build(self, source: Source) -> Store:
-        options = [type(self).__qualname__, tokenizer_key(self.tokenizer), self.max_length, self.truncate, self.turns]
+        options: list[Any] = [type(self).__qualname__, tokenizer_key(self.tokenizer)]
+        options += [self.max_length, self.truncate, self.turns, *sorted(self.encoding.items())]
         return build(source, self.encode, json.dumps(options), self.on_bad_row, self.cache_dir)
 
     def _report(self, part: str) -> None:
@@ -259,22 +267,36 @@ class TextDataModule(LightningDataModule):
     def _split(self) -> None:
         stores = self._stores["train"]
         fraction = self.val_fraction if self.sources["val"] is None else 0.0
-        groups = [store.groups() for store in stores]
-        refs = [(s, i) for s, of_source in enumerate(groups) for i in range(len(of_source))]
-        train, held_out = split_by_group([group for of_source in groups for group in of_source], fraction)
-        kept: list[list[int]] = [[] for _ in stores]
-        for n in train:
-            kept[refs[n][0]].append(refs[n][1])
-        self._held_out = [refs[n] for n in held_out]
-        self._lengths = [store.lengths(self.share_prefix) for store in stores]
-        self._check_lengths(kept)
-        self._order = Order(kept, [source.weight for source in self.sources["train"] or ()], self.seed)
+        kept, self._held_out = hold_out(
+            [len(store) for store in stores], lambda: [group for store in stores for group in store.groups()], fraction
+        )
+        if self._sorts_by_length:
+            self._check_lengths(kept)  # now, and not in every worker
+        sources, timeline = self.sources["train"] or [], partial(self._timeline, sum(map(len, kept)))
+        self._order = order_of(sources, kept, self.seed, timeline)
+        if self.trainer is not None or not self._order.begins:  # whose phases are those of no training
+            for line in report(sources, self._order, timeline):
+                rank_zero_info(line)
 
-    def _check_lengths(self, kept: list[list[int]]) -> None:
-        room = self.micro_batch_tokens
+    def _timeline(self, examples: int) -> Timeline:
+        size = self.batch_size * self._world
+        return Timeline(self.trainer, self.batches_per_epoch or math.ceil(examples / size), size)
+
+    @property
+    def _sorts_by_length(self) -> bool:
+        """Whether batches are shared out by tokens; otherwise nobody needs to know them."""
+        return self._world > 1 or self.micro_batch_tokens is not None
+
+    @cached_property
+    def _lengths(self) -> list[np.ndarray]:
+        """Tokens of each training example, of each source."""
+        return [store.lengths(self.share_prefix) for store in self._stores["train"]]
+
+    def _check_lengths(self, kept: list[np.ndarray]) -> None:
+        room = self.micro_batch_tokens or math.inf
         for s, (source, lengths) in enumerate(zip(self.sources["train"] or (), self._lengths, strict=True)):
-            longest = max(kept[s], key=lengths.__getitem__, default=None)
-            if room is not None and longest is not None and lengths[longest] > room:
+            longest = int(kept[s][lengths[kept[s]].argmax()]) if len(kept[s]) else None
+            if longest is not None and lengths[longest] > room:
                 example = self._stores["train"][s][longest].example
                 begin = self.tokenizer.decode(list(example.trunk.tokens[:24]))
                 raise ValueError(
@@ -300,7 +322,9 @@ class TextDataModule(LightningDataModule):
         """The number-th batch of this rank, or a list of its micro-batches: ranks share one global batch evenly."""
         order, size = self._training_order(), self.batch_size * self._world
         refs = [order[number * size + i] for i in range(size)]
-        lengths = [self._lengths[source][item] for source, item in refs]
+        if not self._sorts_by_length:
+            return self.collate([self._stores["train"][source][item] for source, item in refs])
+        lengths = [int(self._lengths[source][item]) for source, item in refs]
         mine = balance(lengths, self._world)[self._rank]
         items = [self._stores["train"][source][item] for source, item in (refs[i] for i in mine)]
         if self.micro_batch_tokens is None:
@@ -311,7 +335,7 @@ class TextDataModule(LightningDataModule):
     def _evaluation(self, part: str) -> Loader:
         if self.sources[part] is None:
             part = "val" if self.sources["val"] is not None else "train"
-        stores, refs = self._stores[part], self._held_out
+        stores, refs, self.evaluated = self._stores[part], self._held_out, labels(self.sources[part] or ())
         if part != "train":
             refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
         if not refs:
@@ -322,21 +346,12 @@ class TextDataModule(LightningDataModule):
             )
         if len(refs) < self._world:
             raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
-        mine = refs[self._rank :: self._world]
-        # As many batches on every process: a model that is spread over them waits for all at each.
-        even = math.ceil(math.ceil(len(refs) / self._world) / self.val_batch_size)
-        batches = min(even, len(refs) // self._world)
+        mine = shares(len(refs), self._rank, self._world, self.val_batch_size)
 
         def batch(number: int) -> Any:
-            start, end = number * len(mine) // batches, (number + 1) * len(mine) // batches
-            return self.collate([stores[s][i] for s, i in mine[start:end]])
+            chosen = [refs[n] for n in mine[number]]
+            made = self.collate([stores[s][i] for s, i in chosen])
+            origins = torch.tensor([s for s, _ in chosen])
+            return made._replace(origin_E=origins) if isinstance(made, PackedBatch) else made
 
-        return Loader(batch, batches, self.num_workers)
-
-
-def _cache_dir(given: str | None) -> Path | None:
-    if given == "none":
-        return None
-    if given is not None:
-        return Path(expand(given))
-    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "data"
+        return Loader(batch, len(mine), self.num_workers)

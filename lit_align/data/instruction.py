@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lit_align.data.base import TextDataModule
 from lit_align.data.fit import chunk, fit
 from lit_align.data.rows import BadField, Row, Tally, user
+from lit_align.data.source import Source
 from lit_align.data.store import Item
 from lit_align.types import Example, PackedBatch, Segment
 
@@ -25,7 +26,22 @@ class InstructionDataModule(TextDataModule):
 
     Conversations and prompts with an answer are scored on what the assistant says, the stop token included; plain text
     is scored everywhere, and cut into pieces of `max_length`, none of it dropped.
+
+    Args:
+        loss_on: of demonstrations, score the response, or all: the prompt and the template's own words too, every token
+            but the first.
+        options: those of `TextDataModule`.
     """
+
+    def __init__(
+        self, tokenizer: str, train: list[Source], loss_on: Literal["response", "all"] = "response", **options: Any
+    ) -> None:
+        super().__init__(tokenizer, train, **options)
+        if loss_on == "all" and self.turns == "last":
+            raise ValueError("loss_on: all scores every token of a conversation: it leaves nothing for turns: last")
+        self.loss_on = loss_on
+        if loss_on != "response":
+            self.encoding = {"loss_on": loss_on}
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
         """One item for a conversation, one or more for a text."""
@@ -46,6 +62,9 @@ class InstructionDataModule(TextDataModule):
                 next(iter(row)), "belongs to rankings or bare prompts, which hold no demonstration to imitate"
             )
         example = fit(Example(_with_something_scored(sequence, field)), self.max_length, self.truncate, tally, self.bos)
+        if self.loss_on == "all":
+            tokens = example.trunk.tokens
+            example = Example(Segment(tokens, [False] + [True] * (len(tokens) - 1)))
         return [Item(example, [], [], group_of(prompt), {})]
 
     def collate(self, items: Sequence[Item]) -> PackedBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,6 +78,16 @@ class Loader:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Already restored by the data module."""
+
+
+def shares(count: int, rank: int, world: int, size: int) -> list[range]:
+    """A process's share of `count` examples to evaluate, in batches of about `size`, or one more.
+
+    As many batches on every process: a model that is spread over them waits for all at each.
+    """
+    mine = range(rank, count, world)
+    batches = min(math.ceil(math.ceil(count / world) / size), count // world)
+    return [mine[n * len(mine) // batches : (n + 1) * len(mine) // batches] for n in range(batches)]
 
 
 def _same(batch: Batch) -> Batch:

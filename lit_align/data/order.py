@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,19 +23,21 @@ class Order:
         seed: of the shuffling.
     """
 
-    def __init__(self, sources: Sequence[Sequence[int]], weights: Sequence[float | None], seed: int) -> None:
+    begins: Sequence[int] = ()  # of phases, where there are any
+
+    def __init__(
+        self, sources: Sequence[Sequence[int] | np.ndarray], weights: Sequence[float | None], seed: int
+    ) -> None:
         given = [weight for weight in weights if weight is not None]
         if given and len(given) != len(weights):
             raise ValueError("give a weight to every source or to none")
-        if any(weight < 0 or not math.isfinite(weight) for weight in given) or (given and sum(given) == 0):
-            raise ValueError(f"weights must not be negative, and one must be positive: {given}")
         self.sources = [np.asarray(items, np.int64) for items in sources]
         self.seed = seed
         self.length = sum(map(len, self.sources))
         sizes = [len(items) for items in self.sources]
-        if given and any(weight > 0 and not size for weight, size in zip(given, sizes, strict=True)):
-            raise ValueError("a source with a weight has no examples")
-        self.quotas = _apportion(given, self.length) if given else sizes
+        if given:
+            check_weights(given, sizes)
+        self.quotas = apportion(given, self.length) if given else sizes
         self._epochs: dict[int, np.ndarray] = {}  # the last two made: a batch may reach into the next one
 
     def __len__(self) -> int:
@@ -72,13 +74,39 @@ class Order:
         return np.concatenate(drawn) if drawn else np.empty(0, np.int64)
 
 
-def _apportion(weights: Sequence[float], total: int) -> list[int]:
+def check_weights(weights: Sequence[float], sizes: Sequence[int]) -> None:
+    """Refuse weights that make no mixture of sources of these sizes."""
+    if any(weight < 0 or not math.isfinite(weight) for weight in weights) or sum(weights) == 0:
+        raise ValueError(f"weights must not be negative, and one must be positive: {list(weights)}")
+    if any(weight > 0 and not size for weight, size in zip(weights, sizes, strict=True)):
+        raise ValueError("a source with a weight has no examples")
+
+
+def apportion(weights: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to the weights that add up to the total (largest remainders)."""
     shares = [weight / sum(weights) * total for weight in weights]
     quotas = [int(share) for share in shares]
     for i in sorted(range(len(shares)), key=lambda i: quotas[i] - shares[i])[: total - sum(quotas)]:
         quotas[i] += 1
     return quotas
+
+
+def hold_out(
+    sizes: Sequence[int], groups: Callable[[], Sequence[str]], fraction: float
+) -> tuple[list[np.ndarray], list[Ref]]:
+    """Items of each source to train on, and those to validate on.
+
+    Args:
+        sizes: items of each source.
+        groups: the group of every item, source after source; not asked for where nothing is held out.
+        fraction: share of the groups to hold out; see `split_by_group`.
+    """
+    source = np.repeat(np.arange(len(sizes)), sizes)
+    item = np.concatenate([np.empty(0, int), *map(np.arange, sizes)])
+    everything = np.arange(len(item)), np.empty(0, int)
+    train, held = (np.asarray(s, int) for s in split_by_group(groups(), fraction)) if fraction else everything
+    kept = [item[train[source[train] == s]] for s in range(len(sizes))]
+    return kept, [(int(source[n]), int(item[n])) for n in held]
 
 
 def split_by_group(groups: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:

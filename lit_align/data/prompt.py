@@ -72,6 +72,7 @@ class PromptDataModule(TextDataModule):
         super().setup(stage)
         if self.ptx is not None and stage == "fit":
             self.ptx.trainer = self.trainer
+            self.ptx.batches_per_epoch = len(self.train_dataloader())
             self.ptx.setup(stage)
             self.ptx._training_order()  # none is an error now, not in the middle of the first epoch
 

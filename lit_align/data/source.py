@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -32,6 +33,9 @@ class Source:
         subset: of a hub data set.
         limit: read only so many rows, the first.
         weight: share of the epoch that this source provides, relative to the other weights; null for every row once.
+            One that changes in training is a list of pairs (begin, weight), 0 before the first: a begin below 1 is a
+            share of training, any other an optimizer step. `[[0, 1.0], [0.9, 0.2]]` falls to 0.2 for the last tenth.
+        label: what metrics and reports call this source; null for the name of its file, data set or class.
     """
 
     path: str | None = None
@@ -43,7 +47,8 @@ class Source:
     split: str = "train"
     subset: str | None = None
     limit: int | None = None
-    weight: float | None = None
+    weight: float | list[tuple[float, float]] | None = None
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if sum(given is not None for given in (self.path, self.hub, self.rows)) != 1:
@@ -52,11 +57,20 @@ class Source:
             raise ValueError(f"unknown format {self.format!r}: choose auto or one of {', '.join(FORMATS)}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, or null for all rows, got {self.limit}")
+        if isinstance(self.weight, list):
+            begins = [begin for begin, _ in self.weight]
+            if not begins or min(begins) < 0 or any(a >= b for a, b in itertools.pairwise(begins)):
+                raise ValueError(f"the weight of {self.name}: begins must ascend from 0 or more, got {self.weight}")
 
     @property
     def name(self) -> str:
         """How messages call it."""
         return self.path or self.hub or type(self.rows).__name__
+
+    @property
+    def short_name(self) -> str:
+        """How metrics call it: without folders, endings and slashes."""
+        return self.label or self.name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0] or self.name
 
     def read(self, on_bad_row: OnBadRow, tally: Tally) -> Iterator[tuple[str, Row]]:
         """Yield (where it stands, row in the one schema).
@@ -135,7 +149,7 @@ class Source:
         """Changes whenever the rows would; None where that cannot be known, and nothing is cached."""
         if not self.cacheable:
             return None
-        options = {k: v for k, v in vars(replace(self, weight=None)).items() if k != "rows"}
+        options = {k: v for k, v in vars(replace(self, weight=None)).items() if k not in ("rows", "label")}
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
         if self.path is not None:
             for block in read_bytes(self.path):
@@ -146,6 +160,17 @@ class Source:
         else:
             digest.update(_hub_fingerprint(self.hub, self.subset, self.split).encode())
         return digest.hexdigest()
+
+
+def labels(sources: Sequence[Source]) -> list[str]:
+    """A short name for each source, no two alike: the second `train` is `train-2`."""
+    names: list[str] = []
+    for source in sources:
+        name, number = source.short_name, 2
+        while name in names:
+            name, number = f"{source.short_name}-{number}", number + 1
+        names.append(name)
+    return names
 
 
 def _load_hub(name: str | None, subset: str | None, split: str):  # type: ignore[no-untyped-def]
@@ -166,4 +191,4 @@ def _hub_fingerprint(name: str | None, subset: str | None, split: str) -> str:
     return str(_load_hub(name, subset, split)._fingerprint)
 
 
-__all__ = ["OnBadRow", "Source", "expand"]
+__all__ = ["OnBadRow", "Source", "expand", "labels"]

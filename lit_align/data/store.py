@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.rows import BadField, BadRow, Row, Tally
-from lit_align.data.source import OnBadRow, Source
+from lit_align.data.source import OnBadRow, Source, expand
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
@@ -88,19 +88,27 @@ class Store:
         example = Example(Segment(record["trunk"], record["trunk_scored"]), branches)
         return Item(example, record["ranks"], record["margins"], record["group"], json.loads(record["row"]))
 
-    def lengths(self, share_prefix: bool = True) -> list[int]:
-        """Tokens that the model computes for every item, the prompt once or once for each answer."""
+    def lengths(self, share_prefix: bool = True) -> np.ndarray:
+        """Tokens that the model computes for every item, the prompt once or once for each answer.
+
+        Of the memory-mapped columns only the offsets are read, a chunk at a time.
+        """
         trunk = pc.list_value_length(self.data.data.column("trunk")).to_numpy()
-        branches = self.data.data.column("branches").combine_chunks()
-        answers = pc.list_value_length(branches).to_numpy(zero_copy_only=False)
-        tokens = pc.list_value_length(pc.list_flatten(branches)).to_numpy(zero_copy_only=False)
-        in_answers = np.bincount(pc.list_parent_indices(branches).to_numpy(), tokens, minlength=len(trunk))
-        times = 1 if share_prefix else np.maximum(answers, 1)
-        return (trunk * times + in_answers).astype(int).tolist()
+        chunks = self.data.data.column("branches").chunks
+        answers, in_answers = np.concatenate([np.empty((2, 0), int), *map(_answers, chunks)], axis=1)
+        return trunk * (1 if share_prefix else np.maximum(answers, 1)) + in_answers
 
     def groups(self) -> list[str]:
         """Group of every item."""
         return list(self.data["group"])
+
+
+def _answers(branches: pyarrow.ListArray) -> np.ndarray:
+    """How many answers every item has, and how many tokens in them. Shape (2, items)."""
+    answers = pc.list_value_length(branches).to_numpy(zero_copy_only=False)
+    tokens = pc.list_value_length(pc.list_flatten(branches)).to_numpy(zero_copy_only=False)
+    in_answers = np.bincount(pc.list_parent_indices(branches).to_numpy(), tokens, minlength=len(branches))
+    return np.stack([answers, in_answers.astype(int)])
 
 
 def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, cache_dir: Path | None) -> Store:
@@ -161,6 +169,15 @@ def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadR
     finally:
         partial.unlink(missing_ok=True)
         told.unlink(missing_ok=True)
+
+
+def cache_folder(given: str | None) -> Path | None:
+    """Where tokenised data is kept: what is given, "none" for nowhere, or the user's cache folder."""
+    if given == "none":
+        return None
+    if given is not None:
+        return Path(expand(given))
+    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "data"
 
 
 def _writable(folder: Path) -> bool:

@@ -187,6 +187,7 @@ class _Layout:
             torch.from_numpy(np.concatenate(self.sequence)),
             torch.tensor(self.last),
             torch.tensor(example_of_sequence),
+            torch.zeros(example_of_sequence[-1] + 1, dtype=torch.long),
         )
 
 
@@ -223,6 +224,7 @@ def unpack(batch: PackedBatch) -> PackedBatch:
                 batch.sequence_S,
                 torch.arange(len(paths)) * longest + lengths - 1,
                 batch.example_Q,
+                batch.origin_E,
             )
         )
     )

@@ -3,7 +3,7 @@
 from lit_align.modules.dpo import DPOModule
 from lit_align.modules.ppo import PPOModule
 from lit_align.modules.reward import RewardModule
-from lit_align.modules.schedule import Constant, Cosine, Linear, Schedule
+from lit_align.modules.schedule import WSD, Constant, Cosine, Linear, Schedule
 from lit_align.modules.sft import SFTModule
 
-__all__ = ["Constant", "Cosine", "DPOModule", "Linear", "PPOModule", "RewardModule", "SFTModule", "Schedule"]
+__all__ = ["WSD", "Constant", "Cosine", "DPOModule", "Linear", "PPOModule", "RewardModule", "SFTModule", "Schedule"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 
 class Schedule:
@@ -54,3 +55,59 @@ class Cosine(Schedule):
     def decay(self, progress: float) -> float:
         """(1 + cos(pi progress)) / 2."""
         return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class WSD(Schedule):
+    """Warm up, stay at the full rate, decay at the end: warmup-stable-decay (Hu et al. 2024, MiniCPM, section 4).
+
+    Its stable phase needs no known end: more steps, or several decays, start from any of its checkpoints.
+
+    Args:
+        warmup: optimizer steps of warm-up; below 1, a share of all steps.
+        decay_steps: optimizer steps of the decay; below 1, a share of all steps.
+        decay_type: down to the floor in a straight line, along half a cosine, or by the same factor at every step
+            (MiniCPM's 0.5^(s / T), with T = -decay_steps / log2(floor)), which needs a floor above 0.
+        floor: factor at the end of the decay.
+    """
+
+    def __init__(
+        self,
+        warmup: float = 0.0,
+        decay_steps: float = 0.1,
+        decay_type: Literal["linear", "cosine", "exponential"] = "linear",
+        floor: float = 0.0,
+    ) -> None:
+        super().__init__(warmup, floor)
+        if decay_steps < 0 or (warmup < 1 and decay_steps < 1 and warmup + decay_steps > 1):
+            raise ValueError(
+                f"warmup ({warmup}) and decay_steps ({decay_steps}) must not be negative, nor exceed 1 in all"
+            )
+        if decay_type == "exponential" and floor == 0:
+            raise ValueError("an exponential decay never reaches 0: give a floor, such as 0.1")
+        self.decay_steps = decay_steps
+        self.decay_type = decay_type
+
+    def factor(self, step: int, total: int) -> float:
+        """Of warm-up, of 1, or of the decay.
+
+        Raises:
+            ValueError: the run is too short for warm-up and decay.
+        """
+        warmup = self.warmup if self.warmup >= 1 else self.warmup * total
+        length = self.decay_steps if self.decay_steps >= 1 else self.decay_steps * total
+        if warmup + length > total:
+            raise ValueError(
+                f"{warmup:g} steps of warm-up and {length:g} of decay do not fit in {total} optimizer steps"
+            )
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if step < total - length:
+            return 1.0
+        progress = min((step - (total - length)) / max(length, 1), 1.0)
+        if self.decay_type == "exponential":
+            return float(self.floor**progress)
+        return self.floor + (1.0 - self.floor) * self.decay(progress)
+
+    def decay(self, progress: float) -> float:
+        """From 1 to 0 as the decay goes on, before the floor."""
+        return 1.0 - progress if self.decay_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from data.chats import scratch
 
-from lit_align.data import base
 from lit_align.data.instruction import InstructionDataModule
 from lit_align.data.preference import PreferenceDataModule
 from lit_align.data.prompt import PromptDataModule
 from lit_align.data.rows import BadRow, Rows
 from lit_align.data.source import Source
+from lit_align.data.store import Store, cache_folder
 
 
 @pytest.fixture
@@ -236,12 +236,12 @@ def test_rows_that_cannot_be_cached_are_tokenised_once_a_process(prompts) -> Non
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path))
-    assert base._cache_dir(None) == tmp_path / "data"
+    assert cache_folder(None) == tmp_path / "data"
     monkeypatch.delenv("LIT_ALIGN_CACHE")
-    assert base._cache_dir(None) == Path.home() / ".cache" / "lit_align" / "data"
+    assert cache_folder(None) == Path.home() / ".cache" / "lit_align" / "data"
     monkeypatch.setenv("PLACE", str(tmp_path))
-    assert base._cache_dir("${PLACE}/x") == tmp_path / "x"
-    assert base._cache_dir("none") is None
+    assert cache_folder("${PLACE}/x") == tmp_path / "x"
+    assert cache_folder("none") is None
 
 
 def test_what_happened_to_the_rows_is_reported(write, tokenizer_folder: str, caplog) -> None:
@@ -375,3 +375,40 @@ def test_ranks_get_as_many_tokens_each(write, tokenizer_folder: str) -> None:
         (batch,) = ready(data).train_dataloader()
         tokens.append(int((batch.tree_RN >= 0).sum()))
     assert abs(tokens[0] - tokens[1]) <= 1
+
+
+def test_nobody_counts_tokens_unless_batches_are_shared_out_by_them(
+    write, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    lengths = Store.lengths
+    monkeypatch.setattr(Store, "lengths", lambda self, *options: asked.append(1) or lengths(self, *options))
+    data = ready(demos(write, tokenizer_folder))
+    list(data.train_dataloader())
+    assert not asked
+    longest = data.longest_item().example.num_tokens
+    assert longest == max(item.example.num_tokens for item in data.training_items(8))
+    assert len(asked) == 1
+    for options, world in (({"micro_batch_tokens": 100}, 1), ({"batch_size": 4}, 2)):
+        data = demos(write, tokenizer_folder, **options)
+        data.trainer = SimpleNamespace(world_size=world, global_rank=0)
+        before = len(asked)
+        ready(data)
+        assert len(asked) == before + 1, "in setup, and not in every worker"
+        list(data.train_dataloader())
+        assert len(asked) == before + 1
+
+
+def test_the_longest_example_of_several_sources(write, tokenizer_folder: str) -> None:
+    def source(name: str, *lengths: int) -> Source:
+        return Source(write(name, [{"prompt": name, "completion": "b" * n} for n in lengths]))
+
+    sources = [source("a.jsonl", 3, 9, 2), source("b.jsonl", 4, 30, 30, 1), source("c.jsonl", 20)]
+    data = ready(InstructionDataModule(tokenizer_folder, sources, val_fraction=0.0))
+    assert data.tokenizer.decode(data.longest_item().example.trunk.tokens).count("b" * 30) == 1
+    # Of the examples that are trained on, not of those held out.
+    rows = [{"prompt": str(n), "completion": "b" * n} for n in range(1, 40)]
+    data = ready(InstructionDataModule(tokenizer_folder, [Source(write("d.jsonl", rows))], val_fraction=0.5))
+    trained = [item.example.num_tokens for item in data.training_items(100)]
+    assert len(trained) < 39
+    assert data.longest_item().example.num_tokens == max(trained)

@@ -93,6 +93,24 @@ def test_all_turns_or_the_last() -> None:
     ]
 
 
+def test_loss_on_all_scores_the_prompt_too(write, tokenizer_folder: str) -> None:
+    everything = "<bos>[[<system> Be brief. <user> Hi <assistant> Yo <eos><tool> {} <user> Well? <assistant> No <eos>]]"
+    row = FORMATS["sharegpt"](GOLDEN["sharegpt"][1])[0]
+    assert shown(module(loss_on="all"), row) == [everything]
+    # What is cut stays what it is: the beginning of the prompt.
+    short = {"prompt": "abcdef", "completion": "uvw"}
+    assert shown(module(loss_on="all", max_length=7), short) == ["<bos>[[efuvw<eos>]]"]
+    with pytest.raises(ValueError, match="loss_on: all scores every token of a conversation"):
+        module(loss_on="all", turns="last")
+    # And what was tokenised for the one is not taken for the other.
+    source = Source(write("x.jsonl", [short]))
+    for loss_on, scored in (("response", 4), ("all", 10), ("response", 4)):
+        data = InstructionDataModule(tokenizer_folder, [source], loss_on=loss_on, val_fraction=0.0, batch_size=1)
+        data.setup("fit")
+        (batch,) = data.train_dataloader()
+        assert batch.num_scored == scored
+
+
 def test_text_is_cut_into_pieces_and_none_of_it_dropped() -> None:
     data = module(max_length=4)
     tally = Tally()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from data.chats import chatml, plain, scratch
+from datasets import Dataset
 
 from lit_align.data import store
 from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally
@@ -67,8 +68,21 @@ def test_items_come_back_as_they_were(source: Source, tmp_path: Path) -> None:
 
 def test_lengths_are_those_of_the_examples(source: Source, tmp_path: Path) -> None:
     stored = build(source, Encode(), "", "error", tmp_path / "cache")
-    assert stored.lengths() == [item.example.num_tokens for item in expected()] == [2, 3, 5, 8, 12]
-    assert stored.lengths(share_prefix=False) == [2, 3, 2 * 2 + 3, 3 * 2 + 6, 4 * 2 + 10]
+    assert stored.lengths().tolist() == [item.example.num_tokens for item in expected()] == [2, 3, 5, 8, 12]
+    assert stored.lengths(share_prefix=False).tolist() == [2, 3, 2 * 2 + 3, 3 * 2 + 6, 4 * 2 + 10]
+
+
+def test_lengths_of_a_file_in_many_pieces(write, tmp_path: Path) -> None:
+    """A chunk's offsets begin where the one before ended, or at 0: both must be read right, and an empty one too."""
+    rows = [{**RAW[i % 5], "prompt": f"p{i}"} for i in range(2_346)]  # written a thousand at a time
+    stored = build(Source(path=write("many.jsonl", rows)), Encode(), "", "error", tmp_path / "cache")
+    meant = [item(row).example.num_tokens for row in rows]
+    assert len(stored.data.data.column("branches").chunks) == 3
+    assert stored.lengths().tolist() == meant
+    sliced = Store(Dataset(stored.data.data.slice(500, 1_200)), stored.tally, "")
+    assert sliced.lengths().tolist() == meant[500:1_700]
+    empty = Store(Dataset(stored.data.data.slice(0, 0)), stored.tally, "")
+    assert empty.lengths().tolist() == []
 
 
 def test_a_row_of_python_objects_is_kept_as_json(write, tmp_path: Path) -> None:
