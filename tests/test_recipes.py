@@ -31,8 +31,8 @@ FOLDER = experiments().resolve() / "recipes"
 RECIPES = sorted(folder.parent for folder in FOLDER.glob("*/pipeline.yaml"))
 STAGES = sorted(file for file in FOLDER.glob("*/*.yaml") if file.name != "pipeline.yaml")
 WANTED = {
-    "instructgpt", "ziegler2019", "n_plus_tldr", "dpo_tldr", "dpo_hh", "zephyr", "tulu3", "simpo", "gao2022",
-    "grpo_gsm8k",
+    "instructgpt", "ziegler2019", "n_plus_tldr", "dpo_tldr", "dpo_hh", "zephyr", "tulu3", "simpo", "minicpm",
+    "gao2022", "grpo_gsm8k",
 }  # fmt: skip
 
 
@@ -110,6 +110,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistralai/Mistral-7B-v0.1": ("mistral", {"num_key_value_heads": 2}),
     "meta-llama/Llama-3.1-8B": ("llama", {"num_key_value_heads": 2}),
     "princeton-nlp/Llama-3-Base-8B-SFT": ("llama", {"num_key_value_heads": 2}),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", {"num_key_value_heads": 2}),
     "Qwen/Qwen2.5-0.5B-Instruct": ("qwen2", {"num_key_value_heads": 2}),
 }
 SCORERS = {
@@ -148,6 +149,14 @@ ROWS: dict[str, dict[str, Any]] = {
         "good_natured": True,
     },
     "JeanKaddour/minipile": {"text": "Bee {i} of the sea. " * 3},
+    "HuggingFaceFW/fineweb-edu": {"text": "Bee {i} of the sea. " * 3, "id": "x{i}", "score": 3.1, "token_count": 9},
+    "Open-Orca/SlimOrca": {
+        "conversations": [
+            {"from": "system", "value": "Be brief.", "weight": None},
+            {"from": "human", "value": "Say a bee {i}.", "weight": 0.0},
+            {"from": "gpt", "value": "A bee {i}.", "weight": 1.0},
+        ]
+    },
     "trl-lib/tldr": {"prompt": POST, "completion": " {i} bees."},
     "trl-lib/tldr-preference": {"prompt": POST, "chosen": " {i} bees.", "rejected": " No."},
     "Anthropic/hh-rlhf": {
