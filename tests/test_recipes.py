@@ -360,7 +360,13 @@ def run(kind: str, file: Path, reads: Reads, more: list[str]) -> list[str]:
     return reads.unread(config)
 
 
-@pytest.mark.parametrize("folder", RECIPES, ids=lambda folder: folder.name)
+def by_length(folder: Path) -> Any:
+    """A recipe; those of three stages and more are slow."""
+    stages = yaml.safe_load((folder / "pipeline.yaml").read_text())["stages"]
+    return pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] if len(stages) > 2 else [])
+
+
+@pytest.mark.parametrize("folder", [by_length(folder) for folder in RECIPES])
 def test_a_recipe_runs(folder: Path, hub: Hub, reads: Reads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
