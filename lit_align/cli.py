@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -151,7 +152,8 @@ def _parents(config: Any) -> list[str]:
         if isinstance(value, dict):
             for item in value.values():
                 visit(item)
-        elif isinstance(value, str) and (Path(value) / "config.json").exists():
+        # os.path, which says of a chat template that it is no file; pathlib raises that the name is too long.
+        elif isinstance(value, str) and os.path.exists(os.path.join(value, "config.json")):
             found.append(value)
 
     visit(config.as_dict())

@@ -9,6 +9,7 @@ A pipeline file names stages, each with the YAML it runs, and nothing else; ever
       comparisons: {call: comparisons.yaml}
 
 `fit` and `predict` are the commands of that name; `call` instantiates a class that has `run(out: Path)` and runs it.
+Stages that repeat are a loop: see `rounds.py`.
 Paths in the stages' YAML that begin with the root are where stages find each other's artefacts: with another output
 folder they follow. With another seed, so does every key named `seed` or `seed_everything`.
 """
@@ -27,6 +28,7 @@ from typing import Any, Protocol
 import yaml
 
 from lit_align.callbacks.manifest import environment
+from lit_align.rounds import Slot, unroll
 
 KINDS = ("fit", "predict", "call")
 DONE = "done.json"
@@ -49,12 +51,16 @@ class Stage:
         kind: fit, predict or call.
         config: its YAML, with seed and overrides filled in; paths are those of the file, whatever the output folder.
         parents: stages whose folders its configuration names.
+        file: that YAML.
+        round: of the loop it is in, from 1.
     """
 
     name: str
     kind: str
     config: dict[str, Any]
     parents: list[str]
+    file: Path = Path()
+    round: int = 1
 
 
 # Runs a stage of kind fit or predict: kind, path of the YAML, further arguments.
@@ -102,33 +108,37 @@ class Pipeline:
         self.overrides = dict(overrides or {})
         if quick:
             self.overrides = {**_flat(shrunken), **self.overrides}
+        try:
+            slots = unroll(content["stages"])
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}") from error
         for key in self.overrides:
-            stage, _, dotted = key.partition(".")
-            if stage not in content["stages"] or not dotted:
-                stages = ", ".join(content["stages"])
+            if not any(list(slot.overrides({key: None})) for slot in slots):
+                stages = ", ".join(dict.fromkeys(f"{slot.loop}.{slot.inner}".strip(".") or slot.name for slot in slots))
                 raise ValueError(f"{self.file}: {key!r} overrides no key of a stage; stages are {stages}")
-        self.stages = [self._resolve(name, told) for name, told in content["stages"].items()]
+        self.stages = [self._resolve(slot) for slot in slots]
         self._check_order()
 
-    def _resolve(self, name: str, told: Any) -> Stage:
+    def _resolve(self, slot: Slot) -> Stage:
+        name, told = slot.name, slot.told
         given = list(told.items()) if isinstance(told, dict) else []
         if len(given) != 1 or given[0][0] not in KINDS or not isinstance(given[0][1], str):
             raise ValueError(
                 f"{self.file}: stage {name!r} must be one of {', '.join(KINDS)} with the name of a YAML file"
             )
         ((kind, file),) = given
-        config = load_yaml(self.file.parent / file)
+        config = slot.own(load_yaml(self.file.parent / file), self.root)
+        for dotted, value in slot.again.items():
+            _set(config, dotted, value, f"{self.file}: again of loop {slot.loop!r}, '{slot.inner}.{dotted}'")
         if kind == "call":
             config.setdefault("init_args", {})
         else:
             config["out"] = f"{self.root}/{name}"
         parents: set[str] = set()
         config = self._fill(config, parents)
-        for key, value in self.overrides.items():
-            stage, _, dotted = key.partition(".")
-            if stage == name:
-                _set(config, dotted, self._fill(value, parents), f"{self.file}: override {key!r}")
-        return Stage(name, kind, config, sorted(parents - {name}))
+        for key, dotted, value in slot.overrides(self.overrides):
+            _set(config, dotted, self._fill(value, parents), f"{self.file}: override {key!r}")
+        return Stage(name, kind, config, sorted(parents - {name}), self.file.parent / file, slot.round)
 
     def _check_order(self) -> None:
         """A stage that uses a later one's artefacts would find them only in the second run."""

@@ -23,7 +23,9 @@ BELOW = {
     "steps": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "chat": {"models"},
     "doctor": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
-    "pipeline": {"callbacks"},
+    "feedback": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
+    "rounds": set(),
+    "pipeline": {"callbacks", "rounds"},
     "report": set(),
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
     "sandbox": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 from support.configs import METHODS, config
 from support.runs import write_rows
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_align import __version__
 from lit_align.__main__ import entry
 from lit_align.callbacks.manifest import model_hash
-from lit_align.cli import free_folder, main, resumed_folder
+from lit_align.cli import _parents, free_folder, main, resumed_folder
 
 LEFT = {"config.yaml", "metrics.csv", "manifest.json", "checkpoints", "model"}
 
@@ -352,6 +353,13 @@ def test_the_models_that_a_configuration_names_are_its_parents(place: Path, part
     parents = json.loads((place / "run" / "manifest.json").read_text())["parents"]
     assert parents == {folder: model_hash(Path(folder)) for folder in (parts[0], value)}
     assert len(set(parents.values())) == 2
+
+
+def test_a_chat_template_is_no_path(tmp_path: Path) -> None:
+    """It is asked whether it names a model's folder; as a path it would be too long for the file system."""
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}" * 20
+    config = Namespace(data=Namespace(chat_template=template), model=Namespace(name=tiny_folder(tmp_path / "model")))
+    assert _parents(config) == [str(tmp_path / "model")]
 
 
 def test_a_checkpoint_is_resumed_in_its_own_run(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_align.data.annotators import ranks_of
-from lit_align.data.rankings import answers, grades, rankings, share_of
+from lit_align.data.rankings import answers, finished_of, grades, rankings, share_of
 from lit_align.data.rows import (
     BadField,
     Row,
@@ -99,8 +99,9 @@ def pairs(row: Row) -> list[Row]:
     """Preference pairs: prompt (or Alpaca's instruction and input), chosen, rejected.
 
     Optional beside them: `margin`; `share`, of several people who prefer the chosen one; `score_chosen` and
-    `score_rejected`, their grades. Where the two are whole conversations, they differ in the last turn, and what comes
-    before it is the prompt, beside whatever a prompt column says (UltraFeedback, TRL's implicit prompt).
+    `score_rejected`, their grades; of sampled answers `finished`, of chosen and of rejected, as in `rankings`. Where the
+    two are whole conversations, they differ in the last turn, and what comes before it is the prompt, beside whatever a
+    prompt column says (UltraFeedback, TRL's implicit prompt).
     """
     told: Row = {}
     if row.get("margin") is not None:
@@ -110,6 +111,8 @@ def pairs(row: Row) -> list[Row]:
         told["ranks"] = ranks_of(told["shares"], 2)
     if row.get("score_chosen") is not None and row.get("score_rejected") is not None:
         told["scores"] = [number_of(row, f"score_{side}") for side in ("chosen", "rejected")]
+    if isinstance(row.get("finished"), list):  # what is no list is somebody's column of that name
+        told |= finished_of(row, 2)
     sides = [row.get("chosen"), row.get("rejected")]
     asked = row.get("prompt") is not None or row.get("instruction") is not None
     if any(isinstance(side, list) and len(side) > 1 for side in sides) or not asked:
@@ -153,6 +156,29 @@ def _hh_turns(field: str, text: str) -> Messages:
             field, 'is not a dialogue of "\\n\\nHuman:" and "\\n\\nAssistant:" turns that the assistant ends'
         )
     return turns
+
+
+def preferred(row: Row) -> list[Row]:
+    """The preferred answer of a pair, or of HH-RLHF, as a demonstration (Preferred-FT of Rafailov et al. 2023)."""
+    (pair,) = (hh if recognise(row) == "hh" else pairs)(row)
+    return [{"prompt": pair["prompt"], "completion": filled({"chosen": pair["completions"][0]}, "chosen")}]
+
+
+def nectar(row: Row) -> list[Row]:
+    """Nectar: a dialogue that ends with the user's turn, as in HH-RLHF, and answers of {"answer", "rank"}."""
+    asked = filled(row, "prompt").rstrip()
+    if not asked.endswith("\n\nAssistant:"):
+        raise BadField("prompt", f"ends with {asked[-20:]!r}, expected a turn of the assistant that is to be written")
+    answers = []
+    for i, answer in enumerate(list_of(row, "answers")):
+        if not isinstance(answer, dict):
+            raise BadField(f"answers[{i}]", f"is {type(answer).__name__}, expected answer and rank")
+        try:
+            answers.append((text_of(answer, "answer").strip(), number_of(answer, "rank")))
+        except BadField as problem:
+            raise problem.inside(f"answers[{i}]") from None
+    texts, ranks = zip(*answers, strict=True)
+    return [{"prompt": _hh_turns("prompt", asked)[:-1], "completions": list(texts), "ranks": list(ranks)}]
 
 
 def oasst(row: Row) -> list[Row]:
@@ -250,7 +276,7 @@ FORMATS: dict[str, Reader] = {
     reader.__name__: reader
     for reader in (
         alpaca, instances, sharegpt, messages, prompt_completion, pairs, hh, oasst, pair_labels, rankings, prompts,
-        turns, questions, choices, text, grades, answers,
+        turns, questions, choices, text, grades, answers, preferred, nectar,
     )
 }  # fmt: skip
 
@@ -261,6 +287,7 @@ _SIGNS: list[tuple[str, set[str]]] = [
     ("rankings", {"prompt", "completions", "ranks"}),
     ("rankings", {"prompt", "completions", "shares"}),
     ("rankings", {"prompt", "completions", "scores"}),
+    ("nectar", {"prompt", "answers", "good_natured"}),
     ("pair_labels", {"question", "prediction 1", "preference"}),
     ("pairs", {"instruction", "chosen", "rejected"}),
     ("pairs", {"prompt", "chosen", "rejected"}),

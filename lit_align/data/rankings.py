@@ -34,7 +34,7 @@ def rankings(row: Row) -> list[Row]:
         ranked |= _ranks(row, len(texts))
     if row.get("margins") is not None:
         ranked["margins"] = _per_answer(row, "margins", len(texts), number_of)
-    return [ranked | _finished(row, len(texts))]
+    return [ranked | finished_of(row, len(texts))]
 
 
 def _ranks(row: Row, count: int) -> Row:
@@ -56,7 +56,8 @@ def _texts(row: Row) -> list[str]:
     return [answer_of({f"completions[{i}]": a}, f"completions[{i}]") for i, a in enumerate(answers)]
 
 
-def _finished(row: Row, count: int) -> Row:
+def finished_of(row: Row, count: int) -> Row:
+    """Which answers ended by themselves, where a row says so."""
     return {} if row.get("finished") is None else {"finished": _per_answer(row, "finished", count, _truth)}
 
 
@@ -70,7 +71,7 @@ def answers(row: Row) -> list[Row]:
     """A prompt and completions that nobody judged, as `lit-align predict` writes them; optional: `finished`."""
     texts = _texts(row)
     prompt = asked_of(row, *row["completions"])
-    return [{"prompt": prompt, "completions": texts, **_finished(row, len(texts))}]
+    return [{"prompt": prompt, "completions": texts, **finished_of(row, len(texts))}]
 
 
 def _per_answer(

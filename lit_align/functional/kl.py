@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import Tensor
@@ -59,6 +60,25 @@ def estimate_kl(logps_S: Tensor, reference_S: Tensor, estimator: KLEstimator = "
         k2_S = 0.5 * log_ratio_S.square()
         return k3_S.detach() + (k2_S - k2_S.detach())
     raise ValueError(f"unknown KL estimator {estimator!r}: choose k1, k2, k3 or k3+")
+
+
+def best_of_n_kl(n: int) -> float:
+    """How far best-of-n is from the policy it samples, in nats: log n - (n - 1) / n.
+
+    Exact where no two answers are equal and none scores as another; an upper bound in general.
+
+    Args:
+        n: answers that the best is chosen from.
+
+    Raises:
+        ValueError: n below 1.
+
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix G.3; that it is a bound: Beirami
+    et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", theorem 1.
+    """
+    if n < 1:
+        raise ValueError(f"best-of-n needs n of at least 1, got {n}")
+    return math.log(n) - (n - 1) / n
 
 
 def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: int, episodes: int) -> float:

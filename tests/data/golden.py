@@ -104,6 +104,24 @@ GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
             }
         ],
     ),
+    "pairs, sampled": (
+        "pairs",
+        {"prompt": [HI], "chosen": "Yo", "rejected": "No", "margin": 2, "finished": [False, True]},
+        [
+            {
+                "prompt": [HI],
+                "completions": ["Yo", "No"],
+                "ranks": [0.0, 1.0],
+                "margins": [2.0, 0.0],
+                "finished": [False, True],
+            }
+        ],
+    ),
+    "pairs, somebody's column of that name": (
+        "pairs",
+        {"prompt": "Hi", "chosen": "Yo", "rejected": "No", "finished": True},
+        [{"prompt": "Hi", "completions": ["Yo", "No"], "ranks": [0.0, 1.0]}],
+    ),
     "pairs, Alpaca's columns": (
         "pairs",
         {"instruction": "Hi", "input": "x", "output": "unused", "rejected": "No", "chosen": "Yo"},
@@ -142,6 +160,30 @@ GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
             "rejected": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant:",
         },
         [{"prompt": [HI, YO, WELL], "completions": ["Yo", ""], "ranks": [0.0, 1.0]}],
+    ),
+    "preferred": (
+        "preferred",
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant: Yo",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant:",
+        },
+        [{"prompt": [HI, YO, WELL], "completion": "Yo"}],
+    ),
+    "nectar": (
+        "nectar",
+        {
+            "prompt": "\n\nHuman: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant: ",
+            "answers": [
+                {"answer": "Yo", "model": "x", "rank": 2.0},
+                {"answer": " No", "model": "y", "rank": 1.0},
+                {"answer": "Ha", "model": "z", "rank": 2.0},
+            ],
+            "turns": 2,
+            "num_responses": 3,
+            "source": ["x"],
+            "good_natured": True,
+        },
+        [{"prompt": [HI, YO, WELL], "completions": ["Yo", "No", "Ha"], "ranks": [2.0, 1.0, 2.0]}],
     ),
     "oasst": (
         "oasst",

@@ -23,9 +23,21 @@ def test_golden_row(name: str) -> None:
 def test_format_is_told_from_the_columns(name: str) -> None:
     format, raw, _ = GOLDEN[name]
     # A question looks like any prompt: whether it goes into a user's turn is for the user to say. A grade may stand
-    # beside any demonstration, and what a policy said beside its prompt: they are read where the user asks for them.
-    otherwise = {"questions": "prompts", "grades": "prompt_completion", "answers": "prompts"}
+    # beside any demonstration, what a policy said beside its prompt, and the preferred answer of a pair need not be
+    # imitated: they are read where the user asks for them.
+    otherwise = {
+        "questions": "prompts",
+        "grades": "prompt_completion",
+        "answers": "prompts",
+        "preferred": "hh",
+    }
     assert recognise(raw) == otherwise.get(format, format)
+
+
+def test_the_preferred_answer_of_any_pair() -> None:
+    assert FORMATS["preferred"]({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}) == [
+        {"prompt": "Hi", "completion": "Yo"}
+    ]
 
 
 def test_every_format_has_a_golden_row() -> None:
@@ -103,6 +115,8 @@ BAD: list[tuple[tuple[str, dict], str]] = [
     (changed("pairs with a margin", margin="0.5"), r"'margin' is str \('0.5'\), expected a number"),
     (changed("pairs with a margin", margin=True), "'margin' is bool"),
     (changed("pairs with a margin", margin=float("nan")), "'margin' is nan, expected a finite number"),
+    (changed("pairs, sampled", finished=[True]), "'finished' has 1 entries for 2 completions"),
+    (changed("pairs, sampled", finished=[True, 0]), r"'finished\[1\]' is 0, expected true or false"),
     (changed("pairs, implicit prompt", rejected=[WELL, NO]), "'rejected' answers another conversation than chosen"),
     (changed("pairs, implicit prompt", chosen=[YO], rejected=[NO]), "'chosen' has nothing that its last turn"),
     (changed("pairs, implicit prompt", chosen=[HI, YO, WELL], rejected=[HI]), "'chosen' ends with a turn of user"),
@@ -117,6 +131,13 @@ BAD: list[tuple[tuple[str, dict], str]] = [
     # A file whose texts were stripped: the first turn must not get lost.
     (changed("hh", chosen="Human: Hi\n\nAssistant: Yo\n\nHuman: Well?\n\nAssistant: Yo"), "'chosen' is not a dialogue"),
     (changed("hh", **dict.fromkeys(("chosen", "rejected"), TWICE)), "'chosen' has nothing that its last turn"),
+    (changed("preferred", chosen=DROP), "'rejected' fits no known format"),
+    (changed("preferred", chosen=GOLDEN["preferred"][1]["rejected"]), "'chosen' is empty"),
+    (changed("nectar", prompt="\n\nHuman: Hi"), "'prompt' ends with '.*Human: Hi', expected a turn of the assistant"),
+    (changed("nectar", prompt="\n\nAssistant: "), "'prompt' is not a dialogue"),
+    (changed("nectar", answers=["Yo"]), r"'answers\[0\]' is str, expected answer and rank"),
+    (changed("nectar", answers=[{"answer": "Yo"}]), r"'answers\[0\].rank' is NoneType"),
+    (changed("nectar", answers=[{"answer": 1, "rank": 1}]), r"'answers\[0\].answer' is int"),
     (changed("oasst", prompt=None), "'prompt' is NoneType, expected a message of a tree"),
     (changed("oasst", prompt={**TREE, "text": None}), "'prompt.text' is null"),
     (changed("oasst", prompt={**TREE, "role": "user"}), "'prompt.role' is 'user', expected one of prompter, assistant"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from lit_align.functional.kl import KLEstimator, adapt_kl_coefficient, estimate_kl, exact_kl
+from lit_align.functional.kl import KLEstimator, adapt_kl_coefficient, best_of_n_kl, estimate_kl, exact_kl
 
 
 def double(*values: float) -> Tensor:
@@ -142,3 +142,24 @@ def test_adaptive_coefficient_finds_the_price_of_the_target() -> None:
             coefficient, 3.0 / coefficient, 6.0, 100, 64
         )  # a policy whose KL is 3 / price
     assert coefficient == pytest.approx(0.5, rel=1e-3)
+
+
+# Kills: log n alone; (n - 1) / n added; 1 / n for (n - 1) / n.
+@pytest.mark.parametrize("n", [1, 2, 4, 64])
+def test_best_of_n_against_its_exact_distribution(n: int) -> None:
+    """Of answers in the order of their reward, one is best of n with probability F^n - F_before^n."""
+
+    def exact(p_V: Tensor) -> float:
+        up_to_V = p_V.cumsum(0)
+        best_V = up_to_V**n - (up_to_V - p_V).clamp(min=0) ** n
+        return exact_kl(best_V.log()[None], p_V.log()[None]).item()
+
+    # Many answers, each unlikely: the formula is exact. Few: it is a bound.
+    assert exact(torch.full((200_000,), 1 / 200_000, dtype=torch.float64)) == pytest.approx(best_of_n_kl(n), abs=1e-3)
+    few_V = torch.randn(6, generator=torch.Generator().manual_seed(n), dtype=torch.float64).softmax(0)
+    assert exact(few_V) <= best_of_n_kl(n) + 1e-12
+
+
+def test_best_of_no_answers() -> None:
+    with pytest.raises(ValueError, match="n of at least 1, got 0"):
+        best_of_n_kl(0)
