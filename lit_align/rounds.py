@@ -114,9 +114,8 @@ def _numbered(value: Any, number: int) -> Any:
         return {key: _numbered(item, number) for key, item in value.items()}
     if isinstance(value, list):
         return [_numbered(item, number) for item in value]
-    numbers = {"{round}": number, "{before}": number - 1}
-    if not isinstance(value, str) or value in numbers:
-        return numbers.get(value, value) if isinstance(value, str) else value
-    for name, digits in numbers.items():
-        value = value.replace(name, str(digits))
-    return value
+    if not isinstance(value, str):
+        return value
+    if value in ("{round}", "{before}"):
+        return number - (value == "{before}")
+    return value.replace("{round}", str(number)).replace("{before}", str(number - 1))

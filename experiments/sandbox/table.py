@@ -1,4 +1,8 @@
-"""Runs of several seeds side by side, as Markdown: `python experiments/sandbox/table.py runs/seed-101 ...`."""
+"""Runs of several seeds side by side, as Markdown: `python experiments/sandbox/table.py runs/seed-101 ...`.
+
+Of pipeline.yaml, estimators.yaml or arithmetic.yaml: lines whose figures a run has not are left out. Below, means over
+the seeds.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +31,20 @@ def value(key: str, digits: int = 2) -> Callable[[Summary], str]:
     return lambda s: f"{s[key]:.{digits}f}"
 
 
+def share(key: str) -> Callable[[Summary], str]:
+    """A share with its 95 % interval."""
+    return lambda s: f"{s[key]:.3f} ± {1.96 * s[f'{key}_se']:.3f}"
+
+
+def of_method(name: str, policy: str) -> list[tuple[str, str, Callable[[Summary], str]]]:
+    """What is asked of each way to maximise the reward model."""
+    return [
+        (f"{name} over SFT: gold reward", "> 0", gain(policy, "gold_reward")),
+        (f"{name} over SFT: content", "", gain(policy, "content")),
+        (f"{name}: KL from SFT, nats", "< 5", value(f"{policy}/kl")),
+    ]
+
+
 ROWS: list[tuple[str, str, Callable[[Summary], str]]] = [
     ("SFT over base: gold reward", ">= 0.3", gain("sft", "gold_reward", "base")),
     ("reward model against gold, gap above 0.5", ">= 0.72", value("reward/gold_accuracy", 3)),
@@ -44,19 +62,65 @@ ROWS: list[tuple[str, str, Callable[[Summary], str]]] = [
     ("biased annotators, no KL price: proxy over SFT", "> 0", gain("ppo_biased", "reward_biased_score")),
     ("- gold over SFT", "<= -0.7", gain("ppo_biased", "gold_reward")),
     ("- length, times SFT's", ">= 2", lambda s: f"{s['ppo_biased/length'] / s['sft/length']:.1f}x"),
-    ("seconds in all", "<= 600", value("seconds", 0)),
+    *of_method("RLOO", "rloo"),
+    *of_method("GRPO", "grpo"),
+    *of_method("RAFT", "raft"),
+    *of_method("iterative DPO", "iterative_dpo"),
+    ("best of 4 over SFT: gold reward", "> 0", gain("best_of_4", "gold_reward")),
+    ("best of 4 over SFT: content", "", gain("best_of_4", "content")),
+    ("best of 4: KL from SFT, nats, at most", "", value("best_of_4/kl_bound")),
+    ("sums right at temperature 1, by the verifier: SFT", "", share("sft/accuracy")),
+    ("- RLOO", "", share("arithmetic_rl/accuracy")),
+    ("- DPO", "", share("arithmetic_dpo/accuracy")),
+    ("- RLOO over DPO", "> 0", gain("arithmetic_rl", "accuracy", "arithmetic_dpo")),
+    ("sums right, greedy: SFT", "", share("sft_greedy/accuracy")),
+    ("- RLOO", "", share("arithmetic_rl_greedy/accuracy")),
+    ("- DPO", "", share("arithmetic_dpo_greedy/accuracy")),
+    ("sums right at temperature 1, by gold: SFT", "", share("sft/correct")),
+    ("- RLOO", "", share("arithmetic_rl/correct")),
+    ("- DPO", "", share("arithmetic_dpo/correct")),
+    ("KL from SFT, nats: RLOO", "", value("arithmetic_rl/kl")),
+    ("- DPO", "", value("arithmetic_dpo/kl")),
+    ("seconds of training and sampling: RLOO", "", value("arithmetic_rl/seconds", 0)),
+    ("- DPO", "", lambda s: f"{sum(s[f'arithmetic_{stage}/seconds'] for stage in ('samples', 'pairs', 'dpo')):.0f}"),
+    ("seconds in all", "", value("seconds", 0)),
 ]
+
+MEANS = {
+    "gold reward": ("gold_reward", "+.2f"),
+    "content, without the price of words": ("content", "+.2f"),
+    "KL from SFT, nats": ("kl", ".1f"),
+    "words per answer": ("length", ".1f"),
+    "harmful requests refused": ("harm_refusal", ".2f"),
+    "look-alikes refused": ("look_alike_refusal", ".2f"),
+}
+
+
+def row(title: str, asked: str, cell: Callable[[Summary], str], summaries: list[Summary]) -> str | None:
+    """A line of the table, unless a run has not what it says."""
+    try:
+        return f"| {title} | {asked} | {' | '.join(cell(summary) for summary in summaries)} |"
+    except KeyError:
+        return None
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     folders = [Path(argument) for argument in sys.argv[1:]]
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     seeds = [json.loads((folder / "manifest.json").read_text())["seed"] for folder in folders]
     print(f"| | asked | {' | '.join(f'seed {seed}' for seed in seeds)} |")
     print("|---" * (len(seeds) + 2) + "|")
-    for title, asked, cell in ROWS:
-        print(f"| {title} | {asked} | {' | '.join(cell(summary) for summary in summaries)} |")
+    print("\n".join(line for told in ROWS if (line := row(*told, summaries)) is not None))
+
+    judged = [key.partition("/")[0] for key in summaries[0] if key.endswith("/gold_reward_se")]
+    if judged:
+        print(f"\n| means of {len(seeds)} seeds | {' | '.join(judged)} |")
+        print("|---" * (len(judged) + 1) + "|")
+        for title, (key, form) in MEANS.items():
+            values = [[s.get(f"{policy}/{key}", float("nan")) for s in summaries] for policy in judged]
+            means = [sum(of_seeds) / len(of_seeds) for of_seeds in values]
+            print(f"| {title} | {' | '.join('' if mean != mean else format(mean, form) for mean in means)} |")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from lit_align.data.chat import ChatEncoder
 from lit_align.evaluation.policies import Policy, sequence_kl
+from lit_align.functional.kl import best_of_n_kl
 from lit_align.functional.packing import pack
 from lit_align.rewards import ModelReward
 from lit_align.rollout import Sampling
@@ -35,6 +37,8 @@ class Evaluate:
         seed: which world, and of the sampling.
         prompts: how many held-out prompts, all of different text.
         max_new_tokens: room for an answer.
+        best_of: name of a reward: of how many answers of the reference it picks the best, to hold trained policies
+            against. It is called `best_of_N`; its KL is known only to be no more than `best_of_N/kl_bound`.
     """
 
     def __init__(
@@ -46,7 +50,13 @@ class Evaluate:
         seed: int = 0,
         prompts: int = 1200,
         max_new_tokens: int = 40,
+        best_of: dict[str, int] | None = None,
     ) -> None:
+        self.best_of = best_of or {}
+        if unknown := set(self.best_of) - set(rewards or {}):
+            raise ValueError(
+                f"best_of names {min(unknown)!r}, which is none of the rewards: {', '.join(rewards or {})}"
+            )
         self.policies = policies
         self.reference = reference
         self.rewards = rewards or {}
@@ -66,16 +76,23 @@ class Evaluate:
         prompts = [torch.tensor(encoder.prompt(row["prompt"])) for row in rows]
         figures: Figures = {}
         answers: list[dict[str, Any]] = []
+
+        def measure(name: str, rollout: Rollout, further: Figures) -> None:
+            judged = judge_all(world, rollout)
+            scores = {reward: model(rollout).tolist() for reward, model in self.rewards.items()}
+            means = {f"{reward}_score": sum(s) / len(s) for reward, s in scores.items()}
+            measures = {**behaviour(rows, judged), **further, **means}
+            figures.update({f"{name}/{measure}": value for measure, value in measures.items()})
+            answers.extend(_lines(name, rollout, judged, scores))
+
         for name, folder in self.policies.items():
             policy = Policy(folder)
             rollout = policy.answer(prompts, rows, self.sampling, self.seed)
-            judged = judge_all(world, rollout)
-            scores = {reward: model(rollout).tolist() for reward, model in self.rewards.items()}
-            measures = {**behaviour(rows, judged), **calibration(world, policy, encoder)}
-            measures["kl"] = sequence_kl(policy, reference, rollout).mean().item()
-            measures |= {f"{reward}_score": sum(s) / len(s) for reward, s in scores.items()}
-            figures |= {f"{name}/{measure}": value for measure, value in measures.items()}
-            answers += _lines(name, rollout, judged, scores)
+            kl = sequence_kl(policy, reference, rollout).mean().item()
+            measure(name, rollout, {**calibration(world, policy, encoder), "kl": kl})
+        for name, n in self.best_of.items():
+            sampled = reference.answer(prompts, rows, replace(self.sampling, samples=n), self.seed)
+            measure(f"best_of_{n}", _best(sampled, self.rewards[name](sampled)), {"kl_bound": best_of_n_kl(n)})
         for name, reward in self.rewards.items():
             figures |= {
                 f"{name}/{measure}": value for measure, value in self._against_gold(world, reward, encoder).items()
@@ -107,6 +124,13 @@ class Evaluate:
                         right[f"gold_accuracy{suffix}"].append(float(hit))
                         right[f"shorter_accuracy{suffix}"].append(shorter)
         return {name: sum(hits) / max(len(hits), 1) for name, hits in right.items()}
+
+
+def _best(rollout: Rollout, score_Q: Tensor) -> Rollout:
+    """Of the answers to each prompt, the one that scores highest."""
+    best_E = score_Q.view(-1, rollout.samples).argmax(1)
+    first_E = torch.arange(len(best_E)) * rollout.samples
+    return rollout.pick((first_E + best_E).tolist())._replace(samples=1)
 
 
 def judge_all(world: World, rollout: Rollout) -> list[Judgement]:

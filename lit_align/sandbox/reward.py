@@ -18,10 +18,10 @@ class GoldReward(Reward):
 
     Args:
         seed: which world.
-        part: total, or content alone (without the price of words and of not stopping).
+        part: total; content alone (without the price of words and of not stopping); or correct, which is 1 or 0.
     """
 
-    def __init__(self, seed: int = 0, part: Literal["total", "content"] = "total") -> None:
+    def __init__(self, seed: int = 0, part: Literal["total", "content", "correct"] = "total") -> None:
         super().__init__()
         self.world = World(seed)
         self.part = part

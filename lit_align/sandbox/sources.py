@@ -69,18 +69,38 @@ class Prompts(WorldRows):
         count: prompts.
         split: train or held_out.
         distinct: no text twice; needs enough of them.
+        part: another number draws others from the same world.
     """
 
-    def __init__(self, seed: int = 0, count: int = 1000, split: str = "train", distinct: bool = False) -> None:
+    mix: dict[str, float] | None = None
+
+    def __init__(
+        self, seed: int = 0, count: int = 1000, split: str = "train", distinct: bool = False, part: int = 0
+    ) -> None:
         self.split = split
         self.distinct = distinct
+        self.part = part
         super().__init__(seed, count)
+
+    def rng(self) -> random.Random:
+        """Of this part."""
+        return random.Random(f"{type(self).__name__} {self.seed} {self.part}") if self.part else super().rng()
 
     def __iter__(self) -> Iterator[Row]:
         made = World(self.seed)
         draw = made.distinct_prompts if self.distinct else made.prompts
-        for prompt in draw(self.split, self.count, self.rng()):
+        for prompt in draw(self.split, self.count, self.rng(), self.mix):
             yield prompt_row(prompt)
+
+
+class Sums(Prompts):
+    """Prompts of arithmetic alone, with the right result as `reference`; arguments as of `Prompts`."""
+
+    mix = {"arithmetic": 1.0}  # noqa: RUF012
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in super().__iter__():
+            yield {**row, "reference": str(World.result(prompt_from(row).key))}
 
 
 def prompt_row(prompt: Prompt) -> Row:
