@@ -99,9 +99,9 @@ def pairs(row: Row) -> list[Row]:
     """Preference pairs: prompt (or Alpaca's instruction and input), chosen, rejected.
 
     Optional beside them: `margin`; `share`, of several people who prefer the chosen one; `score_chosen` and
-    `score_rejected`, their grades; of sampled answers `finished`, of chosen and of rejected, as in `rankings`. Where the
-    two are whole conversations, they differ in the last turn, and what comes before it is the prompt, beside whatever a
-    prompt column says (UltraFeedback, TRL's implicit prompt).
+    `score_rejected`, their grades; `finished`, of sampled answers, as in `rankings`. Where the two are whole
+    conversations, they differ in the last turn, and what comes before it is the prompt, beside whatever a prompt column
+    says (UltraFeedback, TRL's implicit prompt).
     """
     told: Row = {}
     if row.get("margin") is not None:
