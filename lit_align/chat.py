@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
 from lit_align.models.load import load_tokenizer
 
@@ -34,6 +35,9 @@ class Chat:
             raise ValueError(f"{name!r} has no chat template: it was not trained to answer")
         try:
             self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+            # Of an adapter's folder transformers takes the weights, and leaves its stop tokens.
+            if Path(name, "adapter_config.json").exists():
+                self.model.generation_config = GenerationConfig.from_pretrained(name)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"cannot load {name!r} as a language model: {reason}") from error

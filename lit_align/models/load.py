@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ def load_scorer(network: Network, need_head: bool = False) -> PreTrainedModel:
         need_head: refuse a folder without a trained head, so that no reward is ever computed by a random one.
 
     Raises:
-        ValueError: no such folder or hub name, no sequence-classification class for the architecture, or no head.
+        ValueError: no such folder or hub name, no sequence-classification class for the architecture, or no head; or
+            the adapter alone is to be exported.
     """
+    if network.lora is not None and network.lora.export == "adapter":
+        raise ValueError("lora.export: adapter leaves the scalar head behind; a reward or value model wants merged")
     model, missing = _load(network, AutoModelForSequenceClassification, num_labels=1)
     if network.weights == "random" or any(key.startswith("score") for key in missing):
         if need_head:
@@ -72,6 +76,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
 def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
     dtype = getattr(torch, network.dtype)
     remote = {"trust_remote_code": network.trust_remote_code}
+    if Path(network.name, "adapter_config.json").exists() and not Path(network.name, "config.json").exists():
+        raise ValueError(
+            f"{network.name!r} holds an adapter alone; a stage starts from a whole model, which the run that made this "
+            "one leaves with `lora: {export: merged}`"
+        )
     with _explained(network.name), _quiet():
         config = AutoConfig.from_pretrained(network.name, revision=network.revision, **remote, **config_options)
         if network.dropout is not None:
