@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from lit_align.models.load import device_of, load_causal_lm, load_tokenizer
 from lit_align.models.network import Network
@@ -33,9 +35,15 @@ class Chat:
         self.tokenizer: Any = load_tokenizer(name)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{name!r} has no chat template: it was not trained to answer")
+        told = Path(name, "adapter_config.json")
+        base = json.loads(told.read_text())["base_model_name_or_path"] if told.exists() else name
         device = device_of("auto")
-        network = Network(name, dtype="float32" if device.type == "cpu" else "bfloat16", attention="sdpa")
-        self.model: Any = load_causal_lm(network).eval().to(device)
+        network = Network(base, dtype="float32" if device.type == "cpu" else "bfloat16", attention="sdpa")
+        self.model: Any = load_causal_lm(network)
+        if told.exists():
+            self.model.load_adapter(name)
+            self.model.generation_config = GenerationConfig.from_pretrained(name)
+        self.model = self.model.eval().to(device)
         self.begin = [{"role": "system", "content": system}] if system else []
         self.messages = list(self.begin)
         sampled = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

@@ -88,7 +88,7 @@ class AlignCLI(LightningCLI):
         if told.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in _list(told.callbacks)):
             callbacks.append(progress())
         if self.subcommand == "fit":
-            callbacks.append(HFExport(out / "model"))
+            callbacks.append(HFExport(out / "model", run=out))
         if self.subcommand == "predict":
             callbacks.append(PredictionsFile(out / "completions.jsonl"))
         self.trainer_defaults["callbacks"] = callbacks

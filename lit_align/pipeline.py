@@ -16,7 +16,6 @@ folder they follow. With another seed, so does every key named `seed` or `seed_e
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import time
@@ -28,6 +27,7 @@ from typing import Any, Protocol
 import yaml
 
 from lit_align.callbacks.manifest import environment
+from lit_align.callbacks.metrics_csv import last_values
 from lit_align.rounds import Slot, unroll
 
 KINDS = ("fit", "predict", "call")
@@ -254,17 +254,6 @@ class Pipeline:
 def last_validation(metrics: Path) -> dict[str, float]:
     """The last value of each validation metric of a run, without the `val/`."""
     return {name[4:]: value for name, value in last_values(metrics).items() if name.startswith("val/")}
-
-
-def last_values(metrics: Path) -> dict[str, float]:
-    """The last value of each metric of a run."""
-    if not metrics.exists():
-        return {}
-    values: dict[str, float] = {}
-    with metrics.open(newline="") as file:
-        for row in csv.DictReader(file):
-            values |= {name: float(value) for name, value in row.items() if value}
-    return values
 
 
 def load_yaml(file: Path) -> dict[str, Any]:

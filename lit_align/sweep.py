@@ -25,7 +25,8 @@ from random import Random
 from typing import Any
 
 from lit_align.callbacks.manifest import environment
-from lit_align.pipeline import DONE, last_values, load_yaml, read_json, set_aside, write_json
+from lit_align.callbacks.metrics_csv import last_values
+from lit_align.pipeline import DONE, load_yaml, read_json, set_aside, write_json
 
 # The keys of W&B's schema; what is not named in this file is for W&B alone.
 _KEYS = {

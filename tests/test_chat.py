@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_align.chat import HELP, Chat, converse
 from lit_align.cli import main
+from lit_align.models import Lora, Network, export, load_causal_lm, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,14 @@ def test_an_answer_is_the_models_to_all_that_was_said(folder: str) -> None:
     assert chat.messages == messages
     chat.new()
     assert chat.messages == []
+
+
+def test_an_adapter_answers_with_its_own_stop_tokens(folder: str, tmp_path: Path) -> None:
+    network = Network(folder, lora=Lora(r=2, export="adapter"))
+    out = export(load_causal_lm(network), load_tokenizer(folder), tmp_path / "out", stop_ids=[77], adapter=True)
+    chat = Chat(str(out), temperature=0.0, max_new_tokens=4)
+    assert 77 in chat.model.generation_config.eos_token_id
+    assert chat.say("Hi") == Chat(folder, temperature=0.0, max_new_tokens=4).say("Hi")  # nothing was trained
 
 
 def test_temperature_samples(folder: str) -> None:

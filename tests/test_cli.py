@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_what_every_run_leaves(place: Path, parts: tuple[str, Path], method: str
     # What it was made of.
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["seed"] == 3
-    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["packages"]["torch"] == version("torch")
     assert manifest["parents"] == {parts[0]: model_hash(Path(parts[0]))}
     assert [entry["part"] for entry in manifest["data"]] == ["train", "val"]
     assert all(entry["fingerprint"] and entry["counts"]["examples"] for entry in manifest["data"])

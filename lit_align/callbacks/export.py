@@ -8,23 +8,26 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_align.callbacks.card import model_card
 from lit_align.callbacks.ema import WeightEMA
 from lit_align.models.export import export
 
 
 class HFExport(Callback):
-    """At the end of fitting, writes weights, tokenizer and chat template to `folder`.
+    """At the end of fitting, writes weights, tokenizer, chat template and a model card to `folder`.
 
     The tokenizer is the data module's, as it was used: with the chat template that the model was trained on, and the
-    tokens that end an answer as stop tokens of the generation configuration. Where a `WeightEMA` averaged the weights,
-    it is the average.
+    tokens that end an answer as stop tokens of the generation configuration. With `lora: {export: adapter}` of the
+    network the adapter stands in place of the weights. Where a `WeightEMA` averaged the weights, it is the average.
 
     Args:
         folder: where to.
+        run: folder with config.yaml, manifest.json and metrics.csv, for the card.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, run: str | Path | None = None) -> None:
         self.folder = Path(folder)
+        self.run = None if run is None else Path(run)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on the first process."""
@@ -33,6 +36,14 @@ class HFExport(Callback):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = getattr(datamodule, "tokenizer", None) or getattr(pl_module, "tokenizer", None)
+        lora = getattr(getattr(pl_module, "network", None), "lora", None)
         averages = [c.applied(pl_module) for c in trainer.callbacks if isinstance(c, WeightEMA)]  # type: ignore[attr-defined]
         with averages[0] if averages else contextlib.nullcontext():
-            export(exported(), tokenizer, self.folder, getattr(datamodule, "stop_ids", ()))
+            export(
+                exported(),
+                tokenizer,
+                self.folder,
+                getattr(datamodule, "stop_ids", ()),
+                adapter=lora is not None and lora.export == "adapter",
+                card=model_card(trainer, pl_module, self.run, title=(self.run or self.folder).resolve().name),
+            )

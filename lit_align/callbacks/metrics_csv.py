@@ -64,3 +64,14 @@ class _ContinuingWriter(ExperimentWriter):
             writer.writeheader()
             writer.writerows(kept)
         partial.replace(path)
+
+
+def last_values(metrics: Path) -> dict[str, float]:
+    """The last value of each metric of a run."""
+    if not metrics.exists():
+        return {}
+    values: dict[str, float] = {}
+    with metrics.open(newline="") as file:
+        for row in csv.DictReader(file):
+            values |= {name: float(value) for name, value in row.items() if value}
+    return values

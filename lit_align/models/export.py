@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.models.load import _quiet
 from lit_align.models.lora import has_lora, merged_state_dict
+from lit_align.models.roles import save_adapter
 
 
 def export(
@@ -18,6 +19,8 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
     stop_ids: Sequence[int] = (),
+    adapter: bool = False,
+    card: str | None = None,
 ) -> Path:
     """Save weights (adapters merged), configuration, generation configuration, tokenizer and chat template.
 
@@ -28,15 +31,19 @@ def export(
         tokenizer: saved beside it, if given.
         folder: where to; an earlier export there is replaced.
         stop_ids: tokens that end an answer, beside those that the model and the tokenizer name.
+        adapter: save the adapter alone, in peft's format, in place of weights and configuration.
+        card: the README.md of the folder.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    state = merged_state_dict(model) if has_lora(model) else None
+    state = merged_state_dict(model) if has_lora(model) and not adapter else None
     if model.can_generate():
         _mend_generation_config(model, tokenizer, stop_ids)
     with _quiet():
-        if state is None:
+        if adapter:
+            save_adapter(model, partial)
+        elif state is None:
             model.save_pretrained(partial)
         else:
             plain = type(model)._from_config(model.config, dtype=model.dtype)
@@ -46,6 +53,8 @@ def export(
             plain.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+    if card is not None:
+        (partial / "README.md").write_text(card)
     _replace(partial, folder)
     return folder
 

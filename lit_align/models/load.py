@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,11 @@ def device_of(name: str) -> torch.device:
 def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
     dtype = getattr(torch, network.dtype)
     remote = {"trust_remote_code": network.trust_remote_code}
+    if Path(network.name, "adapter_config.json").exists() and not Path(network.name, "config.json").exists():
+        raise ValueError(
+            f"{network.name!r} holds an adapter alone; a stage starts from a whole model, which the run that made this "
+            "one leaves with `lora: {export: merged}`"
+        )
     with _explained(network.name), _quiet():
         config = AutoConfig.from_pretrained(network.name, revision=network.revision, **remote, **config_options)
         if network.dropout is not None:

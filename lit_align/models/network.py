@@ -15,12 +15,15 @@ class Lora:
         alpha: scale; the update is multiplied by alpha / r.
         dropout: on the adapter's input. Keep 0 for PPO: a policy that drops units is not the policy that sampled.
         targets: names of the linear layers to adapt, or all-linear for every one but the head.
+        export: what a run leaves: a whole model with the adapters folded in, which the next stage can start from, or
+            the adapter alone, megabytes, which peft and transformers put on the model that it was trained on.
     """
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    export: Literal["merged", "adapter"] = "merged"
 
 
 @dataclass
@@ -53,3 +56,7 @@ class Network:
     trust_remote_code: bool = False
     revision: str | None = None
     shared: bool = False
+
+    def __post_init__(self) -> None:
+        if self.weights == "random" and self.lora is not None and self.lora.export == "adapter":
+            raise ValueError("lora.export: an adapter is nothing without the random weights that it was trained on")

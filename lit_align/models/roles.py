@@ -133,7 +133,9 @@ def save_adapter(model: Any, folder: Path) -> None:
     }
     config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "task_type": "CAUSAL_LM"}
     told = {"format": "pt"}
-    if not model.can_generate():
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    else:
         state[f"{PREFIX}score.weight"] = model.score.weight.detach().cpu()
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
         told |= dict(zip(("reward_mean", "reward_std"), map(repr, normalization(model)), strict=True))

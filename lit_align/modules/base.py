@@ -309,7 +309,8 @@ class AlignModule(LightningModule):
 
     def on_train_end(self) -> None:
         """Say what was held."""
-        rank_zero_info(f"peak memory: {peak_memory(self.device) / MIB:,.0f} MiB")
+        if peak := peak_memory(self.device):
+            rank_zero_info(f"peak memory: {peak / MIB:,.0f} MiB")
 
 
 def _trains(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -15,6 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_align.models.lora import adapter_role
+
+if sys.platform != "win32":
+    import resource
 
 MIB = 2**20
 
@@ -81,9 +83,14 @@ def _bytes(parameter: torch.Tensor) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most that was held at once, in bytes: allocated on a GPU, otherwise resident in this process."""
+    """The most that was held at once, in bytes: allocated on a GPU, otherwise resident in this process.
+
+    0 on Windows, which does not tell in this way.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
     # Kilobytes, but on macOS, where they are bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -98,6 +105,8 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it will; False where the C library is another one.
     """
+    if sys.platform == "win32":
+        return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from lightning import LightningModule, Trainer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_align import Lora, Network
 from lit_align.callbacks import HFExport
@@ -45,6 +48,31 @@ def test_adapters_are_merged(fit: Callable, parts: tuple[str, Path], tmp_path: P
     tokens = torch.arange(20, 40)[None]
     merged, adapted = after(tokens).logits, trainer.lightning_module.policy.hf.eval()(tokens).logits
     assert torch.allclose(merged, adapted, atol=1e-5)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # of peft, by transformers
+# Kills: the adapter merged all the same; its own stop tokens forgotten; names of layers in the order of a set.
+def test_an_adapter_alone(fit: Callable, parts: tuple[str, Path], tmp_path: Path) -> None:
+    network = Network(parts[0], lora=Lora(r=2, export="adapter"))
+    trainer = fit(HFExport(tmp_path / "model"), network=network, max_epochs=4, data={"chat_template": TEMPLATE})
+    assert not list(tmp_path.glob("model/model*.safetensors"))
+    told = json.loads((tmp_path / "model" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == parts[0]
+    assert told["target_modules"] == sorted(told["target_modules"])
+    tokens = torch.arange(20, 40)[None]
+    trained = trainer.lightning_module.policy.hf.eval()(tokens).logits
+    before = AutoModelForCausalLM.from_pretrained(parts[0], dtype=torch.float32)
+    assert not torch.allclose(before(tokens).logits, trained)
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    by_peft = PeftModel.from_pretrained(before, tmp_path / "model")
+    by_auto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for model in (by_transformers, by_peft, by_auto):
+        assert torch.equal(model.eval()(tokens).logits, trained)
+    generation = GenerationConfig.from_pretrained(tmp_path / "model")
+    assert set(trainer.datamodule.stop_ids) <= {*generation.eos_token_id, trainer.datamodule.tokenizer.pad_token_id}
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == TEMPLATE
 
 
 def test_what_is_not_exported(fit: Callable, tmp_path: Path) -> None:

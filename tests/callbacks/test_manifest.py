@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_what_is_in_it(fit: Callable, parts: tuple[str, Path], tmp_path: Path) -
     assert manifest["devices"] == 1
     assert manifest["precision"] == "bf16-mixed"
     assert manifest["parents"] == {parts[0]: model_hash(Path(parts[0])), "on/the/hub": None}
-    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["packages"]["torch"] == version("torch")
     assert [(entry["part"], entry["counts"]) for entry in manifest["data"]] == [("train", {"rows": 8, "examples": 8})]
 
 
@@ -49,7 +50,7 @@ def test_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_align.callbacks.manifest.PACKAGES", ("torch", "no_such_package"))
-    assert environment()["packages"] == {"torch": torch.__version__, "no_such_package": None}
+    assert environment()["packages"] == {"torch": version("torch"), "no_such_package": None}
 
 
 def test_the_hash_of_a_model_is_that_of_all_its_weights(tmp_path: Path) -> None:

@@ -131,6 +131,16 @@ def test_an_unknown_name_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_where_an_adapter_alone_will_not_do(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "start")
+    adapter = Lora(r=4, export="adapter")
+    with pytest.raises(ValueError, match=r"an adapter is nothing without the random weights"):
+        Network(folder, weights="random", lora=adapter)
+    out = export(load_causal_lm(Network(folder, lora=adapter)), None, tmp_path / "out", adapter=True)
+    with pytest.raises(ValueError, match=r"out' holds an adapter alone; a stage starts from a whole model"):
+        load_causal_lm(Network(str(out)))
+
+
 def test_padding_token_is_no_stop_token(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "start")
     policy, tokenizer = load_causal_lm(Network(folder)), load_tokenizer(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from torch import nn
 
 from lit_align import DPOModule, Lora, Network
 from lit_align.__main__ import entry
+from lit_align.modules import memory
 from lit_align.modules.memory import MIB, OutOfMemory, RoleMemory, memory_budget, memory_for, peak_memory
 
 
@@ -70,6 +72,17 @@ def test_peak_grows_with_what_is_held() -> None:
     held = torch.ones(before // 4 + 50 * MIB)  # four bytes each: more than all that was ever held
     assert peak_memory(torch.device("cpu")) - before > 50 * MIB
     del held
+
+
+def test_windows_has_neither_of_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)  # its import fails
+    monkeypatch.setattr(ctypes, "CDLL", None)
+    spec = importlib.util.spec_from_file_location("memory_of_windows", memory.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    assert elsewhere.peak_memory(torch.device("cpu")) == 0
+    assert not elsewhere.keep_freed_memory()
 
 
 def too_much() -> None:

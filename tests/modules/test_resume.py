@@ -40,11 +40,17 @@ def written(place: tuple[str, Path], method: str, name: str) -> Path:
     return path
 
 
-def outcome(out: Path) -> tuple[dict[str, torch.Tensor], list[str], dict]:
-    """Weights, metrics, and the optimizer's state at the end."""
+def outcome(out: Path) -> tuple[dict[str, torch.Tensor], list[str], str, dict]:
+    """Weights, metrics, the model card, and the optimizer's state at the end."""
     checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     state = {key: checkpoint[key] for key in ("optimizer_states", "lr_schedulers", "rng")}
-    return load_file(out / "model" / "model.safetensors"), (out / "metrics.csv").read_text().splitlines(), state
+    card = (out / "model" / "README.md").read_text().replace(f"# {out.name}", "# model")
+    return (
+        load_file(out / "model" / "model.safetensors"),
+        (out / "metrics.csv").read_text().splitlines(),
+        card,
+        state,
+    )
 
 
 def assert_identical(one: object, other: object) -> None:
