@@ -20,7 +20,7 @@ from lit_align.data.order import Order, Ref, split_by_group
 from lit_align.data.rows import Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
 from lit_align.data.store import Item, Store, build, tokenizer_key
-from lit_align.functional.packing import balance, best_fit_decreasing, pack
+from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins
 from lit_align.types import Example, PackedBatch
 
 
@@ -172,13 +172,7 @@ class TextDataModule(LightningDataModule):
         """This rank's share of all that training and validation may show, each example once."""
         parts = [part for part in ("train", "val") if part in self._stores]
         stores = [store for part in parts for store in self._stores[part]]
-        refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))][self._rank :: self._world]
-        size = self.val_batch_size
-
-        def batch(number: int) -> Any:
-            return self.collate([stores[s][i] for s, i in refs[number * size : (number + 1) * size]])
-
-        return Loader(batch, math.ceil(len(refs) / size), self.num_workers)
+        return self._share(stores, [(s, i) for s, store in enumerate(stores) for i in range(len(store))])
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches training has taken."""
@@ -301,12 +295,15 @@ class TextDataModule(LightningDataModule):
         order, size = self._training_order(), self.batch_size * self._world
         refs = [order[number * size + i] for i in range(size)]
         lengths = [self._lengths[source][item] for source, item in refs]
-        mine = balance(lengths, self._world)[self._rank]
-        items = [self._stores["train"][source][item] for source, item in (refs[i] for i in mine)]
-        if self.micro_batch_tokens is None:
+        shares = balance(lengths, self._world)
+        items = [self._stores["train"][source][item] for source, item in (refs[i] for i in shares[self._rank])]
+        room = self.micro_batch_tokens
+        if room is None:
             return self.collate(items)
-        bins = best_fit_decreasing([lengths[i] for i in mine], self.micro_batch_tokens)
-        return [self.collate([items[i] for i in sorted(chosen)]) for chosen in bins]
+        # As many micro-batches on every process: a model that is spread over them waits for all at each.
+        bins = [best_fit_decreasing([lengths[i] for i in share], room) for share in shares]
+        mine = split_bins(bins[self._rank], max(map(len, bins)))
+        return [self.collate([items[i] for i in sorted(chosen)]) for chosen in mine]
 
     def _evaluation(self, part: str) -> Loader:
         if self.sources[part] is None:
@@ -320,6 +317,10 @@ class TextDataModule(LightningDataModule):
                 if part == "train"
                 else f"there are no examples in the {part} sources: the counts above say what happened to the rows"
             )
+        return self._share(stores, refs)
+
+    def _share(self, stores: Sequence[Store], refs: Sequence[tuple[int, int]]) -> Loader:
+        """This rank's share of examples that are looked at once."""
         if len(refs) < self._world:
             raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
         mine = refs[self._rank :: self._world]

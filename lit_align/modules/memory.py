@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lit_align.models.sharding import here
+
 MIB = 2**20
 
 
@@ -72,7 +74,7 @@ def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Ro
 
 
 def _bytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    return here(parameter).numel() * parameter.element_size()
 
 
 def peak_memory(device: torch.device) -> int:
