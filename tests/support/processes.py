@@ -32,7 +32,7 @@ def torchrun(processes: str, *command: str, **environment: str) -> None:
     paths = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(start, env=variables, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[:20000]
+    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":
