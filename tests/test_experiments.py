@@ -11,6 +11,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from support.parsers import only
 from support.tiny import tiny_folder
@@ -18,6 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lit_align.cli import AlignCLI, main
 from lit_align.commands import experiments
+from lit_align.modules import FSDP2Strategy
 from lit_align.pipeline import Pipeline, Stage, Step
 from lit_align.sweep import Sweep
 
@@ -25,6 +27,7 @@ FOLDER = experiments().resolve()
 YAMLS = sorted(FOLDER.rglob("*.yaml"))
 PIPELINES = [file for file in YAMLS if "stages" in yaml.safe_load(file.read_text())]
 SWEEPS = [file for file in YAMLS if file.parent.name == "sweeps"]
+CLUSTER = [file for file in YAMLS if file.parent.name == "cluster"]
 
 
 def stages(quick: bool = False) -> list[Any]:
@@ -40,7 +43,7 @@ def stages(quick: bool = False) -> list[Any]:
 
 
 def test_every_file_is_reached_by_a_pipeline() -> None:
-    reached = {*PIPELINES, *SWEEPS}
+    reached = {*PIPELINES, *SWEEPS, *CLUSTER}
     for file in PIPELINES:
         reached |= {stage.file.resolve() for stage in Pipeline(file).stages}
     assert {str(file.relative_to(FOLDER)) for file in set(YAMLS) - reached} == set()
@@ -118,6 +121,19 @@ def test_every_stage_can_be_made(
         assert command.datamodule.sources["val"] or command.datamodule.val_fraction > 0
     # The module and its data agree on whose tokens they speak.
     assert command.datamodule.tokenizer_name == command.model.network.name
+
+
+@pytest.mark.parametrize("file", CLUSTER, ids=lambda file: file.stem)
+def test_a_stage_can_be_made_for_several_devices(
+    file: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    pipeline = FOLDER / "sandbox" / "pipeline.yaml"
+    stage = next(stage for stage in Pipeline(pipeline).stages if stage.name == "dpo")
+    command = instantiated(pipeline, stage, model, tmp_path / "out", "-c", str(file), "--trainer.devices=2")
+    wanted = {"ddp": DDPStrategy, "fsdp2": FSDP2Strategy}[file.stem]
+    assert type(command.trainer.strategy) is wanted
+    assert command.trainer.world_size == 2
 
 
 # Sweeps.

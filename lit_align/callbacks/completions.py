@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.data.chat import ChatEncoder
+from lit_align.modules.sharded import check_strategy
 from lit_align.types import PromptBatch
 
 FILE = "said.jsonl"
@@ -39,6 +40,7 @@ class CompletionsTable(Callback):
         """
         if not hasattr(pl_module, "answer"):
             raise ValueError(f"CompletionsTable: {type(pl_module).__name__} answers no prompts; take it out")
+        check_strategy(trainer.strategy, type(self).__name__, samples=True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Ask, on every process, and write on the first."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_align.callbacks.card import model_card
 from lit_align.callbacks.ema import WeightEMA
 from lit_align.models.export import export
+from lit_align.models.sharding import is_sharded
 
 
 class HFExport(Callback):
@@ -30,9 +31,11 @@ class HFExport(Callback):
         self.run = None if run is None else Path(run)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export on the first process."""
+        """Export, on the first process, or on all where each has a slice of the model."""
         exported = getattr(pl_module, "exported", None)
-        if exported is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if exported is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not trainer.is_global_zero and not is_sharded(pl_module):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = getattr(datamodule, "tokenizer", None) or getattr(pl_module, "tokenizer", None)

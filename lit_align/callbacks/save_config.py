@@ -64,8 +64,8 @@ _FREE = (
     "out", "config", "ckpt_path", "weights_only", "checkpoint.",
     "data.init_args.num_workers", "data.init_args.cache_dir",
     *(f"trainer.{key}" for key in (
-        "max_", "min_", "limit_val", "enable_", "logger", "accelerator", "log_every", "profiler", "callbacks",
-        "default_root", "num_sanity",
+        "max_", "min_", "limit_val", "enable_", "logger", "accelerator", "strategy", "log_every", "profiler",
+        "callbacks", "default_root", "num_sanity",
     )),
 )  # fmt: skip
 

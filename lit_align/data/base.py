@@ -15,14 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_align.data.chat import ChatEncoder, Turns
-from lit_align.data.fit import Truncate
+from lit_align.data.fit import Truncate, over_budget
 from lit_align.data.loader import Loader, Position, shares
 from lit_align.data.mixture import Timeline, check_resumed, order_of, report
 from lit_align.data.order import Order, Ref, hold_out
 from lit_align.data.rows import Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand, labels
 from lit_align.data.store import Item, Store, build, cache_folder, tokenizer_key
-from lit_align.functional.packing import balance, best_fit_decreasing, pack
+from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins
 from lit_align.types import Example, PackedBatch
 
 
@@ -177,13 +177,7 @@ class TextDataModule(LightningDataModule):
         """This rank's share of all that training and validation may show, each example once."""
         parts = [part for part in ("train", "val") if part in self._stores]
         stores = [store for part in parts for store in self._stores[part]]
-        refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))][self._rank :: self._world]
-        size = self.val_batch_size
-
-        def batch(number: int) -> Any:
-            return self.collate([stores[s][i] for s, i in refs[number * size : (number + 1) * size]])
-
-        return Loader(batch, math.ceil(len(refs) / size), self.num_workers)
+        return self._share(stores, _every(stores))
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches training has taken; and where its phases begin, if it has any."""
@@ -301,13 +295,8 @@ class TextDataModule(LightningDataModule):
         for s, (source, lengths) in enumerate(zip(self.sources["train"] or (), self._lengths, strict=True)):
             longest = int(kept[s][lengths[kept[s]].argmax()]) if len(kept[s]) else None
             if longest is not None and lengths[longest] > room:
-                example = self._stores["train"][s][longest].example
-                begin = self.tokenizer.decode(list(example.trunk.tokens[:24]))
-                raise ValueError(
-                    f"{source.name}: the example that begins {begin!r} has {lengths[longest]:,} tokens with all its "
-                    f"answers, above data.micro_batch_tokens ({room:,}): raise that, or lower data.max_length "
-                    f"({self.max_length:,})"
-                )
+                begin = self.tokenizer.decode(list(self._stores["train"][s][longest].example.trunk.tokens[:24]))
+                raise over_budget(source.name, begin, int(lengths[longest]), int(room), self.max_length)
 
     @property
     def _world(self) -> int:
@@ -329,25 +318,30 @@ class TextDataModule(LightningDataModule):
         if not self._sorts_by_length:
             return self.collate([self._stores["train"][source][item] for source, item in refs])
         lengths = [int(self._lengths[source][item]) for source, item in refs]
-        mine = balance(lengths, self._world)[self._rank]
-        items = [self._stores["train"][source][item] for source, item in (refs[i] for i in mine)]
-        if self.micro_batch_tokens is None:
+        split = balance(lengths, self._world)
+        items = [self._stores["train"][source][item] for source, item in (refs[i] for i in split[self._rank])]
+        if (room := self.micro_batch_tokens) is None:
             return self.collate(items)
-        bins = best_fit_decreasing([lengths[i] for i in mine], self.micro_batch_tokens)
-        return [self.collate([items[i] for i in sorted(chosen)]) for chosen in bins]
+        # As many micro-batches on every process: a model that is spread over them waits for all at each.
+        bins = [best_fit_decreasing([lengths[i] for i in share], room) for share in split]
+        mine = split_bins(bins[self._rank], max(map(len, bins)))
+        return [self.collate([items[i] for i in sorted(chosen)]) for chosen in mine]
 
     def _evaluation(self, part: str) -> Loader:
         if self.sources[part] is None:
             part = "val" if self.sources["val"] is not None else "train"
-        stores, refs, self.evaluated = self._stores[part], self._held_out, labels(self.sources[part] or ())
-        if part != "train":
-            refs = [(s, i) for s, store in enumerate(stores) for i in range(len(store))]
+        stores, self.evaluated = self._stores[part], labels(self.sources[part] or ())
+        refs = self._held_out if part == "train" else _every(stores)
         if not refs:
             raise ValueError(
                 f"there are no examples to evaluate: raise val_fraction, which is {self.val_fraction}, or give `{part}`"
                 if part == "train"
                 else f"there are no examples in the {part} sources: the counts above say what happened to the rows"
             )
+        return self._share(stores, refs)
+
+    def _share(self, stores: Sequence[Store], refs: Sequence[tuple[int, int]]) -> Loader:
+        """This rank's share of examples that are looked at once."""
         if len(refs) < self._world:
             raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
         mine = shares(len(refs), self._rank, self._world, self.val_batch_size)
@@ -359,3 +353,7 @@ class TextDataModule(LightningDataModule):
             return made._replace(origin_E=origins) if isinstance(made, PackedBatch) else made
 
         return Loader(batch, len(mine), self.num_workers)
+
+
+def _every(stores: Sequence[Store]) -> list[Ref]:
+    return [(s, i) for s, store in enumerate(stores) for i in range(len(store))]

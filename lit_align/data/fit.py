@@ -89,3 +89,11 @@ def chunk(document: Segment, max_length: int) -> list[Segment]:
     return [
         Segment(document.tokens[s : s + max_length], [False, *document.scored[s + 1 : s + max_length]]) for s in starts
     ]
+
+
+def over_budget(source: str, begin: str, tokens: int, room: int, max_length: int) -> ValueError:
+    """What there is to say of an example that no micro-batch has room for."""
+    return ValueError(
+        f"{source}: the example that begins {begin!r} has {tokens:,} tokens with all its answers, above "
+        f"data.micro_batch_tokens ({room:,}): raise that, or lower data.max_length ({max_length:,})"
+    )

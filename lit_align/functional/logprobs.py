@@ -94,3 +94,19 @@ def sum_by_sequence(values_S: Tensor, sequence_S: Tensor, num_sequences: int) ->
         Shape (Q,).
     """
     return values_S.new_zeros(num_sequences).index_add(0, sequence_S, values_S)
+
+
+def add_at_ends(values_S: Tensor, ends_Q: Tensor, sequence_S: Tensor) -> Tensor:
+    """Add a value per sequence to its last scored token; where a sequence has none, nowhere.
+
+    Args:
+        values_S: shape (S,).
+        ends_Q: shape (Q,).
+        sequence_S: sequence of each scored token, ascending. Shape (S,).
+
+    Returns:
+        Shape (S,).
+    """
+    tokens_Q = torch.bincount(sequence_S, minlength=len(ends_Q))
+    said_Q = tokens_Q > 0
+    return values_S.index_add(0, tokens_Q.cumsum(0)[said_Q] - 1, ends_Q[said_Q])

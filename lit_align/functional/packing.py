@@ -41,6 +41,24 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
+def split_bins(bins: Sequence[Sequence[int]], number: int) -> list[list[int]]:
+    """Cut bins in two, those with the most items first, until there are as many as asked for.
+
+    Args:
+        bins: items of each, none empty.
+        number: of bins to have; at most that of items.
+
+    Returns:
+        Items of each bin, none empty.
+    """
+    split = [list(items) for items in bins]
+    while len(split) < number:
+        fullest = max(split, key=len)
+        split.append(fullest[len(fullest) // 2 :])
+        del fullest[len(fullest) // 2 :]
+    return split
+
+
 def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """Share items out, equally many to each part, so that no part has much more to do than another.
 

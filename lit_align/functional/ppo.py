@@ -99,10 +99,10 @@ def aggregation_weights(
 
 
 def clip_fraction(logps_S: Tensor, old_logps_S: Tensor, clip: float = 0.2, clip_high: float | None = None) -> Tensor:
-    """Share of tokens whose ratio lies outside [1 - clip, 1 + clip_high]; a scalar in [0, 1]."""
+    """Share of tokens whose ratio lies outside [1 - clip, 1 + clip_high]; a scalar in [0, 1], 0 without tokens."""
     excess_S = (logps_S - old_logps_S).exp() - 1.0
     outside_S = (excess_S < -clip) | (excess_S > (clip if clip_high is None else clip_high))
-    return outside_S.to(excess_S.dtype).mean()
+    return outside_S.sum() / max(len(outside_S), 1)
 
 
 def explained_variance(values_S: Tensor, returns_S: Tensor) -> Tensor:

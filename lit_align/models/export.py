@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_align.models.load import _quiet
 from lit_align.models.lora import has_lora, merged_state_dict
 from lit_align.models.roles import save_adapter
+from lit_align.models.sharding import is_sharded
 
 
 def export(
@@ -24,7 +25,8 @@ def export(
 ) -> Path:
     """Save weights (adapters merged), configuration, generation configuration, tokenizer and chat template.
 
-    The folder appears whole or not at all: it is written beside its place and moved there.
+    The folder appears whole or not at all: it is written beside its place and moved there. All processes of a model in
+    slices must come here; the first writes.
 
     Args:
         model: a transformers model, as `LanguageModel.hf` or `ScalarModel.hf`.
@@ -34,10 +36,12 @@ def export(
         adapter: save the adapter alone, in peft's format, in place of weights and configuration.
         card: the README.md of the folder.
     """
-    folder = Path(folder)
+    folder, sliced = Path(folder), is_sharded(model)
+    state = merged_state_dict(model) if sliced or (has_lora(model) and not adapter) else None
+    if sliced and not state:
+        return folder
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    state = merged_state_dict(model) if has_lora(model) and not adapter else None
     if model.can_generate():
         _mend_generation_config(model, tokenizer, stop_ids)
     with _quiet():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_align.models.network import Lora
+from lit_align.models.sharding import is_sharded, whole
 
 ADAPTER = "lit_align"
 
@@ -120,16 +122,28 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights with every adapter folded in, under the names that the model has without adapters.
 
     Nothing is merged in place: adding an update to a weight and subtracting it again does not give the weight back.
+
+    Returns:
+        By name; of a model in slices whole weights, on the CPU of the first process, and nothing on the others.
     """
-    updates = {
-        f"{name}.weight": layer.get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+    adapted = {
+        f"{name}.weight": layer
         for name, layer in model.named_modules()
         if isinstance(layer, BaseTunerLayer) and ADAPTER in layer.lora_A  # type: ignore[attr-defined]
     }
-    state = {}
+    sliced, state = is_sharded(model), {}
     for name, weight in model.state_dict().items():
         if ".lora_" in name:
             continue
         name = name.replace(".base_layer.", ".")
-        state[name] = weight.detach() + updates[name].to(weight) if name in updates else weight.detach()
+        weight = weight.detach()
+        if name in adapted:
+            update: Tensor = adapted[name].get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
+            weight = weight + update.to(weight)
+        if sliced:
+            weight = whole(weight)  # one at a time: together they may not fit
+            if torch.distributed.get_rank():
+                continue
+            weight = weight.cpu()
+        state[name] = weight
     return state

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_align.models.sharding import whole
+
 
 class ReferenceTable:
     """Log-probabilities of sequences, in nats, by the key of the example that holds them.
@@ -95,7 +97,7 @@ def fingerprint(model: nn.Module) -> str:
             continue
         name = name.replace(".base_layer.", ".")  # peft's name for the layer below an adapter
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_bytes(tensor))
+        digest.update(_bytes(whole(tensor)))
     return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -17,8 +17,11 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
+from lit_align.models.sharding import shard
+from lit_align.models.trees import TreeModel
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.schedule import Schedule
+from lit_align.modules.sharded import check_strategy
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
 
 _DATA = {
@@ -26,6 +29,8 @@ _DATA = {
     PreferenceBatch: "PreferenceDataModule",
     PromptBatch: "PromptDataModule",
 }
+
+_Model = TypeVar("_Model", bound=TreeModel)
 
 
 class AlignModule(LightningModule):
@@ -64,18 +69,23 @@ class AlignModule(LightningModule):
     predict_batch_type: type = PromptBatch
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that shard gradients; on a CPU, keep freed memory.
+        """Refuse strategies that would train something else; on a CPU, keep freed memory.
 
         Raises:
-            ValueError: names the strategy.
+            ValueError: names the strategy, and one to use.
         """
+        takes = self.predict_batch_type if stage == "predict" else self.batch_type
+        check_strategy(self.trainer.strategy, type(self).__name__, samples=takes is PromptBatch)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for metric in (child for child in self.children() if isinstance(child, Metric)):
             metric.reset()  # an evaluation before has left tensors of inference mode, which a fit cannot add to
-        name = type(self.trainer.strategy).__name__
-        if name in ("DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"):
-            raise ValueError(f"{name} is not supported: the exact normaliser needs whole gradients; use auto or ddp")
+
+    def spread(self, model: _Model) -> _Model:
+        """A model that was just loaded, as the strategy wants it: in slices, if it shards."""
+        if self.device_mesh is not None:
+            shard(model, self.device_mesh["data_parallel"])
+        return model
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Refuse the batches of another kind of data.
@@ -239,6 +249,17 @@ class AlignModule(LightningModule):
             stacked = self.trainer.strategy.reduce(stacked.to(self.device), reduce_op="sum")
         return stacked
 
+    def from_ranks(self, value: Any) -> list[Any]:
+        """What each process gives, in order."""
+        values = [value] * self.trainer.world_size
+        if self.trainer.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    def over_ranks(self, values: Tensor) -> Tensor:
+        """The values of all processes, one after the other, on the CPU."""
+        return torch.cat(self.from_ranks(values.cpu()))
+
     def mean_over_ranks(self, values: Tensor) -> Tensor:
         """Mean of the values of all processes."""
         total, count = self.sum_over_ranks([values.sum(), values.numel()])
@@ -280,9 +301,10 @@ class AlignModule(LightningModule):
         """Leave out what is frozen; put in the state of the random generators."""
         for name in self.frozen():
             checkpoint["state_dict"].pop(name, None)
-        checkpoint["rng"] = {"cpu": torch.get_rng_state()}
+        rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and self.device.type == "cuda":
-            checkpoint["rng"]["cuda"] = torch.cuda.get_rng_state(self.device)
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["rng"] = self.from_ranks(rng)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks trained weights: without strict loading they would stay as they are."""
@@ -293,7 +315,7 @@ class AlignModule(LightningModule):
             raise ValueError(
                 f"the checkpoint {what} {len(names)} weights, the first being {min(names)!r}: other model?"
             )
-        self._rng = checkpoint.get("rng")
+        self._rng = dict(enumerate(checkpoint["rng"])).get(self.global_rank)
 
     def on_train_start(self) -> None:
         """Say what will be held in memory; and continue the random sequence of the checkpoint, if there is one."""

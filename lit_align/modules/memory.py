@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_align.models.lora import adapter_role
+from lit_align.models.sharding import here
 
 if sys.platform != "win32":
     import resource
@@ -79,7 +80,7 @@ def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Ro
 
 
 def _bytes(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    return here(parameter).numel() * parameter.element_size()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -31,7 +31,7 @@ class PairAccuracy(Metric):
         """Count the pairs of a batch."""
         gap_P = score_Q[pairs.better_P] - score_Q[pairs.worse_P]
         hit_P = (gap_P > 0).float() + 0.5 * (gap_P == 0).float()
-        zeros_E = torch.zeros(num_examples, device=score_Q.device)
+        zeros_E = hit_P.new_zeros(num_examples)
         self.hits.append(zeros_E.index_add(0, pairs.example_P, hit_P))
         self.counts.append(zeros_E.index_add(0, pairs.example_P, torch.ones_like(hit_P)))
 

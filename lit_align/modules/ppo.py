@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_align.functional.advantage import gae, whiten
 from lit_align.functional.group import GROUP_ADVANTAGES, remax, returns_to_go
 from lit_align.functional.kl import KLEstimator, adapt_kl_coefficient, estimate_kl
-from lit_align.functional.logprobs import sum_by_sequence
+from lit_align.functional.logprobs import add_at_ends, sum_by_sequence
 from lit_align.functional.ppo import (
     LossAggregation,
     aggregation_weights,
@@ -226,8 +226,7 @@ class PPOModule(OnPolicyModule):
             else:
                 reward_S = torch.zeros_like(scored.logps_S)
             # The score belongs to the last token that was sampled: the stop token, or the last before the cut.
-            last_Q = torch.bincount(batch.sequence_S, minlength=batch.num_sequences).cumsum(0) - 1
-            token_rewards.append(reward_S.index_add(0, last_Q, scores_Q[sequences].to(reward_S)))
+            token_rewards.append(add_at_ends(reward_S, scores_Q[sequences].to(reward_S), batch.sequence_S))
             experience.append(Experience(batch, scored.logps_S, reward_S, reference_S, values_S))
             kls.append(sum_by_sequence(scored.logps_S - reference_S, batch.sequence_S, batch.num_sequences))
             entropies.append(scored.entropies_S)
@@ -273,7 +272,8 @@ class PPOModule(OnPolicyModule):
         if self.value is not None:
             values_S = torch.cat([old.values_S for old in experience])
             returns_S = torch.cat([returns for _, returns in estimates])
-            self.log_all("ppo", {"explained_variance": explained_variance(values_S, returns_S)})
+            explained = explained_variance(self.over_ranks(values_S), self.over_ranks(returns_S))
+            self.log_all("ppo", {"explained_variance": explained})
         if self.whiten_advantages:
             # Over the whole rollout and all ranks: per mini-batch or rank it would depend on how the work is cut up.
             advantages_S = whiten(advantages_S, *self.moments_over_ranks(advantages_S))

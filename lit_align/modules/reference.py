@@ -91,10 +91,7 @@ def reference_table(module: PolicyModule) -> ReferenceTable | None:
         rank_zero_info(f"reference log-probabilities: read from {path}")
         return table
     logps = _compute(module, data)
-    if trainer.world_size > 1:
-        shares: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(shares, logps)
-        logps = {key: values for share in shares for key, values in share.items()}
+    logps = {key: values for share in module.from_ranks(logps) for key, values in share.items()}
     table = ReferenceTable.of(logps)
     if trainer.is_global_zero:
         table.save(path)

@@ -72,7 +72,7 @@ class RewardModule(AlignModule):
     def configure_model(self) -> None:
         """Load the backbone and its head, once."""
         if not hasattr(self, "scorer"):
-            self.scorer = ScalarModel(load_scorer(self.network))
+            self.scorer = self.spread(ScalarModel(load_scorer(self.network)))
 
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""

@@ -412,3 +412,26 @@ def test_the_longest_example_of_several_sources(write, tokenizer_folder: str) ->
     trained = [item.example.num_tokens for item in data.training_items(100)]
     assert len(trained) < 39
     assert data.longest_item().example.num_tokens == max(trained)
+
+
+# Killed: each process makes as few micro-batches as its own examples need.
+def test_ranks_get_as_many_micro_batches_each(write, tokenizer_folder: str) -> None:
+    for room in range(20, 60, 3):
+        parts = []
+        for rank in range(3):
+            data = demos(write, tokenizer_folder, batch_size=4, micro_batch_tokens=room)
+            data.trainer = SimpleNamespace(world_size=3, global_rank=rank)
+            parts.append(next(iter(ready(data).train_dataloader())))
+        assert len({len(part) for part in parts}) == 1, room
+        assert sum(batch.num_examples for part in parts for batch in part) == 12
+
+
+def test_every_example_is_shared_out_in_as_many_batches(prompts) -> None:
+    seen = []
+    for rank in range(2):
+        data = prompts(9, val=[prompts.numbers(4, first=20)], val_batch_size=2)
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        seen.append(read(ready(data).every_example()))
+    assert len(seen[0]) == len(seen[1])
+    numbers = [n for batches in seen for batch in batches for n in batch]
+    assert sorted(numbers) == [*range(9), *range(20, 24)]

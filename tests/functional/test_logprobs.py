@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from lit_align.functional.logprobs import shape_logits, sum_by_sequence, token_entropies, token_logprobs, upcast
+from lit_align.functional.logprobs import (
+    add_at_ends,
+    shape_logits,
+    sum_by_sequence,
+    token_entropies,
+    token_logprobs,
+    upcast,
+)
 
 INF = math.inf
 
@@ -175,3 +182,11 @@ def test_sums_by_sequence_by_hand() -> None:
     (sums_Q * torch.tensor([1.0, 10.0, 100.0, 1000.0])).sum().backward()
     assert values_S.grad is not None
     assert values_S.grad.tolist() == [1.0, 1.0, 100.0, 1.0]
+
+
+# Kills: the end of a sequence without tokens taken for that of the one before.
+def test_ends_are_last_tokens_and_nothing_without_tokens() -> None:
+    values_S, sequence_S = double(1.0, 2.0, 3.0), torch.tensor([1, 1, 3])
+    ends_Q = double(10.0, 20.0, 30.0, 40.0, 50.0)
+    assert_close(add_at_ends(values_S, ends_Q, sequence_S), double(1.0, 22.0, 43.0))
+    assert_close(add_at_ends(values_S[:0], ends_Q, sequence_S[:0]), values_S[:0])

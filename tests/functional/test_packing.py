@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_align.functional.attention import tree_mask
-from lit_align.functional.packing import balance, best_fit_decreasing, pack, unpack, unshare
+from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins, unpack, unshare
 from lit_align.types import Example, PackedBatch, Segment
 
 LAYOUTS = st.fixed_dictionaries(
@@ -225,3 +225,15 @@ def test_a_batch_without_scored_tokens_has_empty_lists() -> None:
 def test_tokens_of_an_example_count_its_prompt_once() -> None:
     assert Example(segment(1, 2, 3), [segment(4), segment(5, 6)]).num_tokens == 6
     assert Example(segment(1, 2, 3)).num_tokens == 3
+
+
+# Killed: bins cut to fewer than asked, and to empty ones.
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.data())
+def test_bins_are_cut_to_as_many_as_asked(sizes: list[int], data: st.DataObject) -> None:
+    ids = count()
+    bins = [[next(ids) for _ in range(size)] for size in sizes]
+    number = data.draw(st.integers(1, sum(sizes)))
+    cut = split_bins(bins, number)
+    assert len(cut) == max(number, len(bins))
+    assert all(cut)
+    assert sorted(item for items in cut for item in items) == list(range(sum(sizes)))

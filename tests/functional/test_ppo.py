@@ -183,3 +183,7 @@ def test_explained_variance_of_equal_returns_is_nan(value: float, count: int) ->
     values_S = torch.linspace(0.0, 1.0, count)
     assert explained_variance(values_S, torch.full((count,), value)).isnan()
     assert explained_variance(torch.full((8,), 0.2), torch.full((8,), 0.1)).isnan()
+
+
+def test_clip_fraction_of_no_tokens_is_0() -> None:
+    assert clip_fraction(torch.zeros(0), torch.zeros(0)) == 0.0

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import support.runs
-import torch
-from support.runs import ESTIMATORS, METHODS, SUPERVISED, TARGETS, one_step, write_rows
+from support.runs import ESTIMATORS, METHODS, SUPERVISED, TARGETS, Result, one_step, write_rows
 from support.tiny import ARCHITECTURES, tiny_folder
-from torch import Tensor
 
-Result = tuple[float, dict[str, Tensor]]
 TOLERANCE = 1e-10
 
 UNPACKED = {"packing": False}
@@ -95,20 +87,3 @@ def test_a_reference_that_is_computed_once_is_the_live_one(place: Callable[[str]
     live = one_step("dpo", folder, rows, batch_size=8)
     for what in ("computed", "read"):
         assert_same(live, one_step("dpo_cached", folder, rows, batch_size=8), what)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [*METHODS, *ESTIMATORS, *TARGETS, *SUPERVISED])
-def test_two_processes_are_one(method: str, place: Callable[[str], tuple[str, Path]], tmp_path: Path) -> None:
-    folder, rows = place("llama")
-    options = {
-        "batch_size": 4,
-        **({"micro_batch_size": 4} if method.startswith("ppo") else {"micro_batch_tokens": 120}),
-    }
-    out = tmp_path / "two.pt"
-    command = [sys.executable, support.runs.__file__, method, folder, str(rows), str(out), json.dumps(options)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    alone = one_step(method, folder, rows, **variants(method)["whole"])
-    assert_same(alone, torch.load(out), "two processes")

@@ -1,16 +1,15 @@
 """One optimizer step of each method in float64, in as many ways as work can be cut up.
 
-SGD at rate 1: the change of the weights is the gradient. Run as a program this file does the same in two processes.
+SGD at rate 1: the change of the weights is the gradient.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from lit_align import (
     DPOModule,
     FunctionReward,
     InstructionDataModule,
+    Lora,
     Network,
     PPOModule,
     PreferenceDataModule,
@@ -32,9 +32,11 @@ from lit_align import (
     Source,
 )
 from lit_align.functional.packing import pack
+from lit_align.models.sharding import here, whole
 from lit_align.types import Completion
 from support.tiny import norms_in_float64
 
+Result = tuple[float, dict[str, Tensor], dict[str, float]]
 METHODS = ("sft", "reward", "dpo", "dpo_cached", "ppo", "ppo_separate_value")
 # Policy optimisation without a value model, every way to aggregate a loss among them.
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -52,6 +54,11 @@ TARGETS: dict[str, dict[str, Any]] = {
 }
 # Supervised losses beside the plain one.
 SUPERVISED: dict[str, dict[str, Any]] = {"sft_dft": {"loss": "dft"}, "sft_neftune": {"neftune_alpha": 5.0}}
+# Ways to hold the model; they follow a method's name after a colon; so does an engine that is silent.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": Lora(r=4)},
+    "recomputed": {"activation_checkpointing": True},
+}
 WORDS = "a bee sea dee eh eff gee".split()
 
 
@@ -84,13 +91,23 @@ def echo(rows: list[dict], completions: list[str]) -> list[float]:
 
 
 class Scripted:
-    """An engine whose answers are a function of the prompt alone, so that they do not depend on who samples them."""
+    """An engine whose answers are a function of the prompt alone, so that they do not depend on who samples them.
+
+    Args:
+        silent: prompts that it answers with nothing.
+    """
+
+    def __init__(self, silent: Sequence[Tensor] = ()) -> None:
+        self.silent = {tuple(prompt.tolist()) for prompt in silent}
 
     def __call__(
         self, policy: Any, prompts: Sequence[Tensor], sampling: Sampling, stop_ids: Sequence[int], seed: int
     ) -> list[list[Completion]]:
         answers = []
         for prompt in prompts:
+            if tuple(prompt.tolist()) in self.silent:
+                answers.append([Completion([], False)] * sampling.samples)
+                continue
             tail = prompt[prompt >= 20][-12:].tolist()
             both = [tail[:: 1 + k][: 3 + len(prompt) % 4 + k] for k in range(sampling.samples)]
             answers.append([Completion([*ids, 2] if k == 0 else ids, k == 0) for k, ids in enumerate(both)])
@@ -99,7 +116,8 @@ class Scripted:
 
 def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningModule, LightningDataModule]:
     """A module in float64 and its data module."""
-    network = Network(folder, dtype="float64")
+    method, _, held = method.partition(":")
+    network = Network(folder, dtype="float64", **NETWORKS.get(held, {}))
     reference = Network(folder.replace("policy", "reference"), dtype="float64")
     common: dict[str, Any] = {"optimizer": functools.partial(torch.optim.SGD, lr=1.0)}
     data = {"val_fraction": 0.0, "cache_dir": "none", **data}
@@ -114,6 +132,7 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
     if method == "reward":
         return RewardModule(network, centering=0.01, **common), PreferenceDataModule(folder, rankings, **data)
     if method.startswith("dpo"):
+        reference = None if held == "lora" else reference
         module = DPOModule(network, reference=reference, cache_reference=method == "dpo_cached", **common)
         return module, PreferenceDataModule(folder, rankings, **data)
     options = {name: data.pop(name) for name in ("micro_batch_size", "layout") if name in data}
@@ -131,41 +150,59 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
         **options,
         **common,
     )
-    module.engine = Scripted()
+    module.engine = Scripted(second_share(folder, demos) if held == "silent" else ())
     return module, PromptDataModule(folder, demos, **data)
 
 
+def second_share(folder: str, demos: list[Source]) -> list[Tensor]:
+    """The prompts of the second of two processes."""
+    data = PromptDataModule(folder, demos, val_fraction=0.0, cache_dir="none", batch_size=4)
+    data.trainer = SimpleNamespace(world_size=2, global_rank=1)
+    data.setup("fit")
+    return next(iter(data.train_dataloader())).prompts
+
+
 def one_step(
-    method: str, folder: str, rows: Path, accumulate: int = 1, devices: int = 1, **data: Any
-) -> tuple[float, dict[str, Tensor]]:
-    """Loss and weights after one optimizer step."""
+    method: str,
+    folder: str,
+    rows: Path,
+    accumulate: int = 1,
+    devices: int = 1,
+    strategy: str = "auto",
+    held_out: int = 0,
+    clip: float | None = None,
+    **data: Any,
+) -> Result:
+    """Loss and weights after one optimizer step, and what was logged; `held_out` rows are validated on after it."""
     torch.manual_seed(0)
     try:
+        if held_out:
+            name = "rankings" if method.startswith(("reward", "dpo")) else "demos"
+            told = json.loads((rows / f"{name}.json").read_text())
+            (rows / f"{name}-{held_out}.json").write_text(json.dumps(told[:held_out]))
+            data |= {"val": [Source(str(rows / f"{name}-{held_out}.json"))], "val_batch_size": 2}
         module, datamodule = build(method, folder, rows, **data)
         trainer = Trainer(
             max_steps=1,
             accelerator="cpu",
             devices=devices,
-            strategy="ddp" if devices > 1 else "auto",
+            strategy=strategy,
             precision="64-true",
             accumulate_grad_batches=accumulate,
+            gradient_clip_val=clip,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
-            limit_val_batches=0,
+            limit_val_batches=1.0 if held_out else 0,
         )
         with norms_in_float64():
             trainer.fit(module, datamodule)
     finally:
         lit_align.modules.on_policy.pack = pack
-    loss = trainer.callback_metrics["ppo/policy_loss" if method.startswith("ppo") else "train/loss"]
-    return float(loss), {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-
-
-if __name__ == "__main__":
-    method, folder, rows, out, options = sys.argv[1:]
-    result = one_step(method, folder, Path(rows), devices=2, **json.loads(options))
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        torch.save(result, out)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    parameters = [p for name, p in module.named_parameters() if ".layers." in name or ".h." in name]
+    metrics["held"] = sum(here(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+    weights = {name: whole(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
+    return metrics["ppo/policy_loss" if method.startswith("ppo") else "train/loss"], weights, metrics

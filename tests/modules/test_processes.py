@@ -1,0 +1,126 @@
+"""Two processes are one: loss, gradient and metrics, under DDP and in slices, in float64.
+
+Seen to fail: gradients that are not scaled by the number of processes; explained variance averaged over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from support.processes import in_two_processes
+from support.runs import ESTIMATORS, METHODS, SUPERVISED, TARGETS, Result, build, one_step, write_rows
+from support.tiny import tiny_folder
+
+from lit_align.callbacks import CompletionsTable
+from lit_align.modules import FSDP2Strategy
+
+TOLERANCE = 1e-10
+METRIC_TOLERANCE = 1e-6  # they are kept in fp32
+# Seven held-out rows are no even number, and six micro-batches of a batch need not be either.
+CASES: dict[str, dict[str, Any]] = {
+    **{method: {} for method in (*METHODS, *ESTIMATORS, *TARGETS, *SUPERVISED)},
+    **{f"{method}:silent": {} for method in ("ppo", "ppo_separate_value", "ppo_grpo", "ppo_reinforce++")},
+    "sft fsdp2": {"clip": 0.5},
+    "sft:recomputed fsdp2": {},
+    "sft fsdp2 gpt2": {"accumulate": 2, "batch_size": 2},
+    "reward fsdp2": {},
+    "reward:lora fsdp2": {},
+    "dpo fsdp2": {},
+    "dpo_cached fsdp2": {},
+    "dpo:lora fsdp2": {},
+}
+
+
+def place(root: Path, architecture: str) -> str:
+    folder = root / architecture / "policy"
+    if not folder.exists():
+        tied = {"tie_word_embeddings": True} if architecture == "gpt2" else {}
+        tiny_folder(folder, architecture, **tied)
+        tiny_folder(root / architecture / "reference", architecture, seed=1, **tied)
+    return str(folder)
+
+
+def job(name: str, root: Path) -> dict[str, Any]:
+    method, strategy, architecture = [*name.split(), *("ddp", "llama")[len(name.split()) - 1 :]]
+    return {
+        "method": method,
+        "folder": place(root, architecture),
+        "rows": str(root),
+        "strategy": strategy,
+        "batch_size": 4,
+        "held_out": 7,
+        **({"micro_batch_size": 4} if method.startswith("ppo") else {"micro_batch_tokens": 120}),
+        **CASES[name],
+    }
+
+
+@pytest.fixture(scope="module")
+def two(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str], tuple[Result, Result]]:
+    """What a job gives in one process and in two; those in two run together, once, as many as are asked for."""
+    asked = [item.callspec.params["name"] for item in request.session.items if request.fixturename in item.fixturenames]
+    root = tmp_path_factory.mktemp("processes")
+    write_rows(root)
+    together = in_two_processes({name: job(name, root) for name in asked}, root)
+
+    def both(name: str) -> tuple[Result, Result]:
+        told = job(name, root) | {"strategy": "auto", "rows": root}
+        return one_step(**{**told, "batch_size": 2 * told["batch_size"]}), together[name]
+
+    return both
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_are_one(name: str, two: Callable[[str], tuple[Result, Result]]) -> None:
+    (loss, weights, metrics), (other_loss, other_weights, other_metrics) = two(name)
+    assert other_loss == pytest.approx(loss, abs=TOLERANCE)
+    assert weights.keys() == other_weights.keys()
+    for key, weight in weights.items():
+        assert (weight - other_weights[key]).abs().max() < TOLERANCE, key
+    assert metrics.pop("held") == 1.0
+    assert other_metrics.pop("held") == pytest.approx(0.5 if "fsdp2" in name else 1.0, abs=0.01)
+    assert other_metrics == pytest.approx(metrics, abs=METRIC_TOLERANCE, rel=METRIC_TOLERANCE)
+    assert any(key.startswith("val/") for key in metrics)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "strategy", "says"),
+    [
+        ("sft", "fit", DeepSpeedStrategy, "exact count of what is scored; use trainer.strategy: fsdp2"),
+        ("sft", "fit", FSDPStrategy, r"FSDP1\) is not supported: use trainer.strategy: fsdp2"),
+        ("sft", "fit", ModelParallelStrategy, "use trainer.strategy: fsdp2"),
+        ("ppo", "fit", FSDP2Strategy, "PPOModule samples from its model.*use trainer.strategy: ddp"),
+        ("sft", "predict", FSDP2Strategy, "SFTModule samples from its model"),
+        ("sft", "fit", FSDP2Strategy, None),
+        ("reward", "predict", FSDP2Strategy, None),
+        ("ppo", "fit", DDPStrategy, None),
+    ],
+)
+def test_what_is_refused_says_what_to_use(
+    method: str, stage: str, strategy: type, says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path)
+    module, _ = build(method, place(tmp_path, "llama"), tmp_path)
+    # DeepSpeed's needs its package to be made.
+    engine = strategy.__new__(strategy)
+    monkeypatch.setattr(strategy, "root_device", SimpleNamespace(type="meta"))
+    module.trainer = SimpleNamespace(strategy=engine)  # type: ignore[assignment]
+    if says is None:
+        module.setup(stage)
+        return
+    with pytest.raises(ValueError, match=says):
+        module.setup(stage)
+
+
+def test_a_table_of_completions_is_refused_by_its_name() -> None:
+    trainer: Any = SimpleNamespace(strategy=FSDP2Strategy())
+    module: Any = SimpleNamespace(answer=None)
+    with pytest.raises(ValueError, match="CompletionsTable samples from its model"):
+        CompletionsTable(["hello"]).setup(trainer, module, "fit")
