@@ -296,7 +296,7 @@ class TextDataModule(LightningDataModule):
             longest = int(kept[s][lengths[kept[s]].argmax()]) if len(kept[s]) else None
             if longest is not None and lengths[longest] > room:
                 begin = self.tokenizer.decode(list(self._stores["train"][s][longest].example.trunk.tokens[:24]))
-                raise over_budget(source.name, begin, int(lengths[longest]), int(room), self.max_length)
+                raise over_budget(source.name, str(begin), int(lengths[longest]), int(room), self.max_length)
 
     @property
     def _world(self) -> int:
