@@ -17,6 +17,7 @@ from lit_align.functional.ppo import (
     aggregation_weights,
     clip_fraction,
     explained_variance,
+    off_policy_drift,
     ppo_policy_loss,
     ppo_value_loss,
 )
@@ -183,3 +184,11 @@ def test_explained_variance_of_equal_returns_is_nan(value: float, count: int) ->
     values_S = torch.linspace(0.0, 1.0, count)
     assert explained_variance(values_S, torch.full((count,), value)).isnan()
     assert explained_variance(torch.full((8,), 0.2), torch.full((8,), 0.1)).isnan()
+
+
+# Kills: the inverse ratio; a limit on one side; limits of log-probabilities.
+def test_drift_is_training_over_sampling_and_counts_both_sides() -> None:
+    sampled = double(0.5, 0.5, 0.5, 0.2).log()
+    ratio, outside = off_policy_drift(double(0.5, 0.44, 0.54, 0.3).log(), sampled)
+    assert_close(ratio, double(1.0, 0.88, 1.08, 1.5))
+    assert outside.tolist() == [0.0, 1.0, 0.0, 1.0]
