@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from lit_align.models.lora import add_lora
 from lit_align.models.network import Network
 from lit_align.models.tree_attention import attend_by_tree
+from lit_align.models.trees import compile_for_trees
 
 
 def load_causal_lm(network: Network) -> PreTrainedModel:
@@ -111,6 +112,8 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
         # Renamed in transformers 5.20. Reentrant checkpointing loses the gradient of adapters below frozen embeddings.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if network.compile:
+        compile_for_trees(model)
     return model, missing
 
 

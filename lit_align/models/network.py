@@ -36,6 +36,8 @@ class Network:
         lora: train low-rank adapters and freeze the rest.
         attention: attention implementation; null lets transformers choose.
         activation_checkpointing: recompute activations in backward to save memory.
+        compile: run packed batches through torch.compile, with dynamic shapes and a dense mask; sampling is as it was.
+            A CPU needs a C++ compiler for it. What it gains was not measured.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
     """
@@ -47,5 +49,6 @@ class Network:
     lora: Lora | None = None
     attention: Literal["sdpa", "eager"] | None = None
     activation_checkpointing: bool = False
+    compile: bool = False
     trust_remote_code: bool = False
     revision: str | None = None

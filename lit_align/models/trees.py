@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,24 @@ def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dt
     return mask(window if not types or types == {"sliding_attention"} else None)
 
 
-def hidden_states(backbone: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states of every token of a batch, shape (R * N, H), by way of a mask over its rows."""
-    output = backbone(
+def compile_for_trees(model: PreTrainedModel) -> None:
+    """Let packed batches run on compiled code.
+
+    Not `model.compile()`: that would compile sampling too, again and again as its cache grows.
+    """
+    backbone: Any = model.base_model
+    backbone.compiled = torch.compile(backbone.forward, dynamic=True)
+
+
+def hidden_states(backbone: PreTrainedModel, batch: PackedBatch, forward: Any = None) -> Tensor:
+    """Last hidden states of every token of a batch, shape (R * N, H), by way of a mask over its rows.
+
+    Args:
+        backbone: the transformer.
+        batch: the tokens.
+        forward: what to call in its place, if something does the same.
+    """
+    output = (forward or backbone)(
         input_ids=batch.tokens_RN,
         position_ids=batch.positions_RN,
         attention_mask=attention_mask(backbone.config, batch, backbone.dtype),
@@ -87,7 +102,9 @@ class TreeModel(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
-        self.by_tree = attends_by_tree(self.backbone) and _takes_trees(self.backbone, by_tree=True)
+        # Not what is compiled: tree by tree there is another graph for every number of trees.
+        by_tree = attends_by_tree(self.backbone) and not self._compiled
+        self.by_tree = by_tree and _takes_trees(self.backbone, by_tree=True)
         self.packs = self.by_tree or _takes_trees(self.backbone)
         if not self.packs:
             warnings.warn(
@@ -101,11 +118,17 @@ class TreeModel(nn.Module):
         """The transformer below the head."""
         return cast(PreTrainedModel, self.hf.base_model)
 
+    @property
+    def _compiled(self) -> Any:
+        """What `compile_for_trees` made of the backbone; None where it was not called."""
+        return getattr(self.backbone, "compiled", None)
+
     def hidden(self, batch: PackedBatch) -> tuple[Tensor, PackedBatch]:
         """Hidden states of shape (R * N, H), and the batch whose rows they are of."""
         if self.packs:
-            by_tree = self.by_tree and batch.tokens_RN.device.type == "cpu"
-            return (hidden_states_by_tree if by_tree else hidden_states)(self.backbone, batch), batch
+            if self.by_tree and batch.tokens_RN.device.type == "cpu":
+                return hidden_states_by_tree(self.backbone, batch), batch
+            return hidden_states(self.backbone, batch, self._compiled), batch
         batch = unpack(batch)
         return hidden_states_unpacked(self.backbone, batch), batch
 

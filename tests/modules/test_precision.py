@@ -160,3 +160,18 @@ def test_ppo_samples_in_lower_precision_what_it_trains_on(
     # Of bf16 two or three digits are left of each logit, and rows of another shape round otherwise.
     assert drift["drift_ratio"] == pytest.approx(1.0, abs=0.05)
     assert drift["drift_outside"] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_it_has_the_same_gradient(method: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The graphs of forward and backward without the C++ that is made of them, which takes minutes.
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, _ = fit(*build(method, place, SGD))
+    whole, _ = fit(*build(method, place, SGD, compile=True))
+    assert torch.allclose(plain, whole, atol=1e-5 * plain.abs().max().item())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    assert not torch._dynamo.utils.counters["graph_break"]
