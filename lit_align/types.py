@@ -143,10 +143,13 @@ class Completion(NamedTuple):
     Attributes:
         tokens: ids, the stop token included if one was sampled.
         finished: whether it ended with a stop token, and not for want of room.
+        logps: what the engine says were the log-probabilities that it drew each token with, in nats; None if it drew
+            none (temperature 0) or does not say.
     """
 
     tokens: list[int]
     finished: bool
+    logps: list[float] | None = None
 
 
 class Rollout(NamedTuple):
@@ -187,6 +190,11 @@ class Rollout(NamedTuple):
             return [self]
         every = range(self.num_sequences)
         return [self.pick(every[first : first + sequences]) for first in range(0, self.num_sequences, sequences)]
+
+    def sampled_logps(self) -> list[float] | None:
+        """Log-probabilities that tokens were drawn with, as `examples` has them; None if the engine does not say."""
+        logps = [completion.logps for completion in self.completions]
+        return None if None in logps else [logp for row in logps for logp in row or ()]
 
     def examples(self) -> list[Example]:
         """One example per prompt: the answers are its branches, every token of them scored."""

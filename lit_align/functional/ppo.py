@@ -115,3 +115,21 @@ def explained_variance(values_S: Tensor, returns_S: Tensor) -> Tensor:
     residual = (returns_S - values_S).var(unbiased=False)
     # The variance of equal numbers is seldom exactly 0: their mean is rounded.
     return torch.where((returns_S != returns_S[:1]).any(), 1.0 - residual / variance, torch.nan)
+
+
+def off_policy_drift(logps_S: Tensor, sampled_S: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the policy that is trained is from what its engine drew from, though both should be one.
+
+    Other kernels, another precision or a cache in another order move every log-probability a little; weights that were
+    not taken over, or a temperature that one of both does not know, move them a lot.
+
+    Args:
+        logps_S: log-probabilities of the sampled tokens by the policy before the first step. Shape (S,).
+        sampled_S: those that the engine says it drew them with. Shape (S,).
+
+    Returns:
+        Of each token the ratio of the former probability to the latter, and 1.0 where it is outside [0.9, 1.1], 0.0
+        elsewhere. Shapes (S,).
+    """
+    ratio_S = (logps_S - sampled_S).exp()
+    return ratio_S, ((ratio_S < 0.9) | (ratio_S > 1.1)).to(ratio_S)

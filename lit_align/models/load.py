@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
 from lit_align.models.tree_attention import attend_by_tree
+from lit_align.models.trees import compile_for_trees
 
 
 def load_causal_lm(network: Network) -> PreTrainedModel:
@@ -118,6 +119,8 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         again = {} if network.lora is None else {"context_fn": same_adapters(model)}
         enable({"use_reentrant": False, **again})
+    if network.compile:
+        compile_for_trees(model)
     return model, missing
 
 

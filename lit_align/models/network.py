@@ -40,6 +40,8 @@ class Network:
         attention: attention implementation; null lets transformers choose. flex_attention, of GPUs, skips what the
             mask of packed rows hides, which sdpa computes.
         activation_checkpointing: recompute activations in backward to save memory.
+        compile: run packed batches through torch.compile, with dynamic shapes and a dense mask; sampling is as it was.
+            A CPU needs a C++ compiler for it. What it gains was not measured.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
         shared: of PPO's value and reward: no model of its own, but adapters and a head on the policy's backbone. `name`
@@ -53,6 +55,7 @@ class Network:
     lora: Lora | None = None
     attention: Literal["sdpa", "eager", "flex_attention"] | None = None
     activation_checkpointing: bool = False
+    compile: bool = False
     trust_remote_code: bool = False
     revision: str | None = None
     shared: bool = False

@@ -44,7 +44,18 @@ def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dt
     return mask(window if not types or types == {"sliding_attention"} else None)
 
 
-def read_states(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor, thrifty: bool) -> Tensor:
+def compile_for_trees(model: PreTrainedModel) -> None:
+    """Let packed batches run on compiled code.
+
+    Not `model.compile()`: that would compile sampling too, again and again as its cache grows.
+    """
+    backbone: Any = model.base_model
+    backbone.compiled = torch.compile(backbone.forward, dynamic=True)
+
+
+def read_states(
+    backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor, thrifty: bool, forward: Any = None
+) -> Tensor:
     """Last hidden states of tokens of a batch, by way of a mask over its rows.
 
     Args:
@@ -52,12 +63,13 @@ def read_states(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor, t
         batch: rows of trees.
         read_S: which of its R * N tokens; any may occur twice.
         thrifty: compute the last layer for these alone.
+        forward: what to call in the backbone's place, if something does the same.
 
     Returns:
         Shape (S, H).
     """
     with only_read(backbone, read_S, batch.tokens_RN.shape) if thrifty else nullcontext():
-        output = backbone(
+        output = (forward or backbone)(
             input_ids=batch.tokens_RN,
             position_ids=batch.positions_RN,
             attention_mask=attention_mask(backbone.config, batch, backbone.dtype),
@@ -108,9 +120,12 @@ class TreeModel(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
-        self.by_tree = attends_by_tree(self.backbone) and _takes_trees(self.backbone, by_tree=True)
+        # Not what is compiled: tree by tree there is another graph for every number of trees.
+        by_tree = attends_by_tree(self.backbone) and not self._compiled
+        self.by_tree = by_tree and _takes_trees(self.backbone, by_tree=True)
         self.packs = self.by_tree or _takes_trees(self.backbone)
-        self.thrifty = self.packs and _takes_trees(self.backbone, self.by_tree, thrifty=True)
+        # Hooks that come and go would be compiled again and again.
+        self.thrifty = self.packs and not self._compiled and _takes_trees(self.backbone, self.by_tree, thrifty=True)
         if not self.packs:
             warnings.warn(
                 f"{type(self.backbone).__name__} takes no mask of trees: each sequence gets a row of its own, and "
@@ -123,9 +138,12 @@ class TreeModel(nn.Module):
         """The transformer below the head."""
         return cast(PreTrainedModel, self.hf.base_model)
 
-    def hidden(
-        self, batch: PackedBatch, read: Literal["source_S", "last_Q"] = "source_S"
-    ) -> tuple[Tensor, PackedBatch]:
+    @property
+    def _compiled(self) -> Any:
+        """What `compile_for_trees` made of the backbone; None where it was not called."""
+        return getattr(self.backbone, "compiled", None)
+
+    def hidden(self, batch: PackedBatch, read: Read = "source_S") -> tuple[Tensor, PackedBatch]:
         """Last hidden states, and the batch whose rows they are of.
 
         Args:
@@ -136,9 +154,9 @@ class TreeModel(nn.Module):
         if not self.packs:
             batch = unpack(batch)
             return read_states_unpacked(self.backbone, batch, getattr(batch, read)), batch
-        by_tree = self.by_tree and batch.tokens_RN.device.type == "cpu"
-        states = read_states_by_tree if by_tree else read_states
-        return states(self.backbone, batch, getattr(batch, read), self.thrifty), batch
+        if self.by_tree and batch.tokens_RN.device.type == "cpu":
+            return read_states_by_tree(self.backbone, batch, getattr(batch, read), self.thrifty), batch
+        return read_states(self.backbone, batch, getattr(batch, read), self.thrifty, self._compiled), batch
 
 
 @torch.no_grad()

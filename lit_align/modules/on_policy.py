@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.functional.packing import pack
+from lit_align.functional.ppo import off_policy_drift
 from lit_align.functional.sft import sft_loss
 from lit_align.models.network import Network
 from lit_align.modules.policy import PolicyModule
@@ -166,6 +167,21 @@ class OnPolicyModule(PolicyModule):
             "eos": torch.tensor([float(completion.finished) for completion in rollout.completions]).mean(),
             **{f"reward_{name}": part_Q.mean() for name, part_Q in self.reward.parts().items()},
         }
+
+    def drift(self, rollout: Rollout, picked: Sequence[Tensor], experience: Sequence[Any]) -> dict[str, Tensor]:
+        """How far training is from sampling before the first step, over all ranks; nothing if the engine does not say.
+
+        Args:
+            rollout: the answers.
+            picked: sequences of each micro-batch.
+            experience: of each micro-batch; its `logps_S` are the log-probabilities as training computes them.
+        """
+        sampled = rollout.pick(torch.cat(list(picked)).tolist()).sampled_logps()
+        if sampled is None:
+            return {}
+        logps_S = torch.cat([old.logps_S for old in experience])
+        ratio_S, outside_S = off_policy_drift(logps_S, torch.tensor(sampled, device=logps_S.device).to(logps_S))
+        return {"drift_ratio": self.mean_over_ranks(ratio_S), "drift_outside": self.mean_over_ranks(outside_S)}
 
     # Evaluation.
 

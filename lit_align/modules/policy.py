@@ -26,18 +26,26 @@ class PolicyModule(AlignModule):
         network: the model to train.
         sampling: how it answers prompts, in `lit-align predict` (and in training, for PPO).
         seed: of the sampling.
+        engine: what samples; null for the model itself (`TransformersEngine`).
         base: optimizer, schedule, lr_scheduler; see `AlignModule`.
     """
 
     policy: LanguageModel
     tokenizer: PreTrainedTokenizerBase
 
-    def __init__(self, network: Network, sampling: Sampling | None = None, seed: int = 0, **base: Any) -> None:
+    def __init__(
+        self,
+        network: Network,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        engine: Engine | None = None,
+        **base: Any,
+    ) -> None:
         super().__init__(**base)
         self.network = network
         self.sampling = sampling or Sampling()
         self.seed = seed
-        self.engine: Engine = TransformersEngine()
+        self.engine: Engine = engine or TransformersEngine()
         self.reference: LanguageModel | None = None
 
     def configure_model(self) -> None:

@@ -232,7 +232,7 @@ class PPOModule(OnPolicyModule):
             entropies.append(scored.entropies_S)
         kl = self.mean_over_ranks(torch.cat(kls))
         self.log_all("ppo", {"kl": kl, "entropy": self.mean_over_ranks(torch.cat(entropies))})
-        self.log_all("ppo", {"kl_coef": torch.tensor(self.kl_coef)})
+        self.log_all("ppo", {"kl_coef": torch.tensor(self.kl_coef), **self.drift(rollout, picked, experience)})
         if self.kl_target is not None:
             episodes = rollout.num_sequences * self.trainer.world_size
             self.kl_coef = adapt_kl_coefficient(self.kl_coef, kl.item(), self.kl_target, self.kl_horizon, episodes)

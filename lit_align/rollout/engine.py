@@ -43,5 +43,17 @@ class Engine(Protocol):
     def __call__(
         self, policy: LanguageModel, prompts: Sequence[Tensor], sampling: Sampling, stop_ids: Sequence[int], seed: int
     ) -> list[list[Completion]]:
-        """Answers to each prompt, `sampling.samples` of them, as a function of the seed and nothing else."""
+        """Answers to each prompt, `sampling.samples` of them, as a function of the seed and nothing else.
+
+        Args:
+            policy: what answers; an engine with weights of its own takes over these, at every call.
+            prompts: token ids of each, 1-D.
+            sampling: how they are answered.
+            stop_ids: tokens that end an answer, and no others do.
+            seed: of all draws of this call.
+
+        Returns:
+            The answers to each prompt, with the log-probabilities that they were drawn with: what was sampled by one
+            program and is trained on by another differs, and PPO logs by how much.
+        """
         ...

@@ -17,6 +17,7 @@ from lit_align.functional.ppo import (
     aggregation_weights,
     clip_fraction,
     explained_variance,
+    off_policy_drift,
     ppo_policy_loss,
     ppo_value_loss,
 )
@@ -187,3 +188,11 @@ def test_explained_variance_of_equal_returns_is_nan(value: float, count: int) ->
 
 def test_clip_fraction_of_no_tokens_is_0() -> None:
     assert clip_fraction(torch.zeros(0), torch.zeros(0)) == 0.0
+
+
+# Kills: the inverse ratio; a limit on one side; limits of log-probabilities.
+def test_drift_is_training_over_sampling_and_counts_both_sides() -> None:
+    sampled = double(0.5, 0.5, 0.5, 0.2).log()
+    ratio, outside = off_policy_drift(double(0.5, 0.44, 0.54, 0.3).log(), sampled)
+    assert_close(ratio, double(1.0, 0.88, 1.08, 1.5))
+    assert outside.tolist() == [0.0, 1.0, 0.0, 1.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +30,7 @@ from lit_align.models import export, load_scorer, load_tokenizer
 from lit_align.models.scalar import ScalarModel
 from lit_align.modules import Cosine
 from lit_align.modules.ppo import Advantage
+from lit_align.rollout import TransformersEngine
 from lit_align.types import Completion, Rollout
 
 ADVANTAGES = get_args(Advantage)
@@ -89,6 +91,26 @@ def test_the_ratio_of_the_first_pass_is_one(place: Path, samples: int, advantage
     assert torch.equal(first, torch.ones_like(first))
     later = ppo.seen[1][1]
     assert not torch.equal(later, torch.ones_like(later))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_what_was_sampled_is_what_is_trained(place: Path, static: bool) -> None:
+    sampling = Sampling(6, samples=3, temperature=0.7, top_p=0.9)
+    ppo = module(place, sampling=sampling, engine=TransformersEngine(static))
+    metrics = fit(ppo, data(place)).callback_metrics
+    assert metrics["ppo/drift_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["ppo/drift_outside"] == 0.0
+
+
+def test_an_engine_that_drifts_is_seen(place: Path) -> None:
+    def warmer(policy: Any, prompts: Any, sampling: Sampling, stop_ids: Any, seed: int) -> list[list[Completion]]:
+        return TransformersEngine()(policy, prompts, replace(sampling, temperature=2.0), stop_ids, seed)
+
+    metrics = fit(module(place, engine=warmer), data(place)).callback_metrics
+    assert metrics["ppo/drift_outside"] > 0.3
+    ppo = module(place)
+    ppo.engine = lambda policy, prompts, *_: [[Completion([60, 2], True), Completion([61], False)] for _ in prompts]
+    assert "ppo/drift_ratio" not in fit(ppo, data(place)).callback_metrics
 
 
 def test_optimizer_steps_are_epochs_times_mini_batches(place: Path) -> None:

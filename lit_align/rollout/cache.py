@@ -1,0 +1,85 @@
+"""The keys and values of decoding, in room that is made ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 32  # tokens that are made room for at a time
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of transformers' cache that writes a token's key and value beside the others.
+
+    transformers' own concatenates: every token copies those of all tokens before it.
+    """
+
+    keys: Any
+    values: Any
+    _room: tuple[Tensor, Tensor] | None = None  # of shape (B, heads, room, head size); `keys`, `values` are its front
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens; returns the keys and values of all."""
+        if not self.is_initialized or not self.keys.numel():
+            self.lazy_initialization(key_states, value_states)
+            # Each in its own precision: under autocast rotated keys are in fp32 and values are not.
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        before, after = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self._room is None or self._room[0].shape[2] < after:
+            self._room = _roomy(self.keys, after + ROOM), _roomy(self.values, after + ROOM)
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, before:after] = states
+        self.keys, self.values = (room[:, :, :after] for room in self._room)
+        return self.keys, self.values
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._room = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some of the sequences, with their room."""
+        if self._room is None:
+            super().batch_select_indices(indices)
+            return
+        length = self.keys.shape[2]
+        self._room = self._room[0].index_select(0, indices), self._room[1].index_select(0, indices)
+        self.keys, self.values = (room[:, :, :length] for room in self._room)
+
+
+def _roomy(states: Tensor, room: int) -> Tensor:
+    """States of shape (B, heads, T, head size) at the front of a tensor with room for more."""
+    roomy = states.new_empty(*states.shape[:2], room, states.shape[3])
+    roomy[:, :, : states.shape[2]] = states
+    return roomy
+
+
+def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
+    """A cache for a model; layers of another kind (sliding windows, recurrent states) are transformers' own."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def static_cache(config: PreTrainedConfig, states: Sequence[tuple[Tensor, Tensor]], columns: int) -> Any:
+    """A cache of fixed size.
+
+    Args:
+        config: of the model.
+        states: keys and values of each layer to begin with, shape (B, heads, T, head size).
+        columns: how many tokens there is room for, those T among them.
+    """
+    cache: Any = StaticCache(config, max_cache_len=columns)
+    for layer, (keys, values) in zip(cache.layers, states, strict=True):
+        layer.lazy_initialization(keys, values)
+        # transformers makes room in the precision of the keys for both.
+        layer.values = layer.values.to(values.dtype)
+        layer.keys[:, :, : keys.shape[2]] = keys
+        layer.values[:, :, : values.shape[2]] = values
+        layer.cumulative_length.fill_(keys.shape[2])
+    return cache
