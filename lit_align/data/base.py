@@ -270,15 +270,13 @@ class TextDataModule(LightningDataModule):
         )
         if self._sorts_by_length:
             self._check_lengths(kept)  # now, and not in every worker
-        sources, timeline = self.sources["train"] or [], partial(self._timeline, sum(map(len, kept)))
+        size = self.batch_size * self._world
+        batches = self.batches_per_epoch or math.ceil(sum(map(len, kept)) / size)
+        sources, timeline = self.sources["train"] or [], partial(Timeline, self.trainer, batches, size)
         self._order = order_of(sources, kept, self.seed, timeline)
         if self.trainer is not None or not self._order.begins:  # whose phases are those of no training
             for line in report(sources, self._order, timeline):
                 rank_zero_info(line)
-
-    def _timeline(self, examples: int) -> Timeline:
-        size = self.batch_size * self._world
-        return Timeline(self.trainer, self.batches_per_epoch or math.ceil(examples / size), size)
 
     @property
     def _sorts_by_length(self) -> bool:
@@ -293,10 +291,11 @@ class TextDataModule(LightningDataModule):
     def _check_lengths(self, kept: list[np.ndarray]) -> None:
         room = self.micro_batch_tokens or math.inf
         for s, (source, lengths) in enumerate(zip(self.sources["train"] or (), self._lengths, strict=True)):
-            longest = int(kept[s][lengths[kept[s]].argmax()]) if len(kept[s]) else None
+            longest = kept[s][lengths[kept[s]].argmax()] if len(kept[s]) else None
             if longest is not None and lengths[longest] > room:
-                begin = self.tokenizer.decode(list(self._stores["train"][s][longest].example.trunk.tokens[:24]))
-                raise over_budget(source.name, str(begin), int(lengths[longest]), int(room), self.max_length)
+                example = self._stores["train"][s][int(longest)].example
+                begin = str(self.tokenizer.decode(list(example.trunk.tokens[:24])))
+                raise over_budget(source.name, begin, int(lengths[longest]), int(room), self.max_length)
 
     @property
     def _world(self) -> int:

@@ -15,10 +15,12 @@ from support.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from lit_align import InstructionDataModule, Network, SFTModule, Source
+from lit_align.cli import main
 from lit_align.functional.sft import dft_loss, sft_loss
 from lit_align.models import LanguageModel
 from lit_align.modules import neftune
 from lit_align.modules.neftune import noisy_embeddings
+from lit_align.report.read import read_curves
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 
@@ -195,3 +197,18 @@ def test_a_run_goes_through_its_phases(place: Path) -> None:
         half = len(seen) // 2
         assert not any(map(any, seen[:half]))
         assert sum(map(sum, seen[half:])) == pytest.approx(2 * half, abs=1)
+
+
+@pytest.mark.slow
+def test_midtraining_learns_instructions_as_it_decays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped experiment, shrunken: instructions are learnt in the phase that shows them, and text is not lost."""
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    file = Path(__file__).parents[2] / "experiments" / "midtraining" / "pipeline.yaml"
+    main(["pipeline", str(file), "--out", str(tmp_path / "run"), "--quick"])
+    curves = read_curves(tmp_path / "run" / "midtrain" / "metrics.csv")
+    instructions, text = (curves[f"val/loss/{name}"][1] for name in ("instructions", "text"))
+    # Validated at steps 4, 8, 12, 16, 20; decay and instructions begin at step 16.
+    assert len(instructions) == len(text) == 5
+    before, after = (instructions[i] - instructions[i + 1] for i in (2, 3))
+    assert after > before > 0, "faster, now that they are shown, though the rate falls"
+    assert text[4] < text[3]
