@@ -37,6 +37,7 @@ SCRATCH = {
     "prompt_completion": ["<bos>Hi[[ Yo<eos>]]"],  # no template where none is asked for
     "prompt_completion, conversational": ["<bos><user> Hi <assistant>[[ Yo <eos>]]"],
     "prompt_completion, the answer a turn": ["<bos><user> Hi <assistant>[[ Yo <eos>]]"],
+    "preferred": ["<bos><user> Hi <assistant> Yo <eos><user> Well? <assistant>[[ Yo <eos>]]"],
     "text": ["<bos>[[ Once.\n<eos>]]"],
 }
 CHATML = {

@@ -39,6 +39,12 @@ SCRATCH = {
     ],
     "pairs, answers as turns": ["<bos><user> Hi <assistant>", "[[ Yo <eos>]]", "[[ No <eos>]]"],
     "hh": ["<bos><user> Hi <assistant> Yo <eos><user> Well? <assistant>", "[[ Yo <eos>]]", "[[  <eos>]]"],
+    "nectar": [
+        "<bos><user> Hi <assistant> Yo <eos><user> Well? <assistant>",
+        "[[ Yo <eos>]]",
+        "[[ No <eos>]]",
+        "[[ Ha <eos>]]",
+    ],
     "oasst": ["<bos><user> Hi <assistant> Yo <eos><user> Well? <assistant>", "[[ a <eos>]]", "[[ b <eos>]]"],
     "pair_labels": ["<bos><user> Hi <assistant>", "[[ 1 <eos>]]", "[[ 2 <eos>]]", "[[ 3 <eos>]]", "[[ 4 <eos>]]"],
     "rankings": ["<bos>Hi", "[[a<eos>]]", "[[b<eos>]]", "[[c<eos>]]"],
