@@ -33,8 +33,9 @@ def test_one_ranking_of_many_is_the_mean_of_theirs(rankings: list[list[int]]) ->
     assert ranks_of(shares_of(rankings), answers) == pytest.approx(expected)
 
 
-# Kills: rounding dropped.
-def test_three_people_in_a_circle_leave_a_tie() -> None:
+# Kills: rounding dropped, which leaves the first two 1e-16 apart.
+def test_what_ties_in_the_mean_ties() -> None:
+    assert ranks_of(shares_of([[0, 1, 2], [0, 1, 2], [2, 0, 1]]), 3) == [0.666666667, 0.666666667, 1.666666667]
     assert len(set(ranks_of(shares_of([[0, 1, 2], [1, 2, 0], [2, 0, 1]]), 3))) == 1
 
 

@@ -28,6 +28,8 @@ SCRATCH = {
     "prompt_completion": ("<bos>Hi", {"prompt": "Hi", "reference": " Yo"}),
     "pairs": ("<bos>Hi", {"prompt": "Hi"}),
     "rankings with all there is": ("<bos><user> Hi <assistant>", {"prompt": HI}),
+    "pairs with a share and scores": ("<bos><user> Hi <assistant>", {"prompt": HI}),
+    "answers": ("<bos><user> Hi <assistant>", {"prompt": HI}),
     "prompts": ("<bos>Hi", {"prompt": "Hi", "reference": "Yo", "level": 3, "tags": ["a"]}),
     "turns": (
         "<bos><user> Hi <assistant>",
@@ -45,6 +47,12 @@ def test_golden_prompt_and_row(kind: str) -> None:
     assert decoded(data.tokenizer, item.example.trunk.tokens) == SCRATCH[kind][0]
     assert item.row == SCRATCH[kind][1]
     assert not any(item.example.trunk.scored)
+
+
+def test_columns_of_a_bare_prompt_are_the_rewards() -> None:
+    row = {"prompt": "Hi", "scores": [1, 2], "shares": "of a company"}
+    (item,) = module().encode(FORMATS["prompts"](row)[0], Tally())
+    assert item.row == row
 
 
 @pytest.mark.parametrize("template", TOKENIZERS)
