@@ -21,10 +21,10 @@ class TransformersEngine:
 
     Args:
         static: decode with a cache of fixed size and, on a GPU, a step captured as a CUDA graph, where the model's
-            layers allow it; null where there is a GPU. Not yet run on a GPU.
+            layers allow it. Not yet run on a GPU, and off until it was.
     """
 
-    def __init__(self, static: bool | None = None) -> None:
+    def __init__(self, static: bool = False) -> None:
         self.static = static
 
     @torch.no_grad()
@@ -50,5 +50,4 @@ class TransformersEngine:
         return answers
 
     def _decoding(self, policy: LanguageModel) -> type[Decoding]:
-        static = policy.hf.device.type == "cuda" if self.static is None else self.static
-        return StaticDecoding if static and decodes_statically(policy) else Decoding
+        return StaticDecoding if self.static and decodes_statically(policy) else Decoding
