@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def test_stages_run_in_order_and_find_each_other(write: Files, tmp_path: Path) -
     assert manifest["seed"] == 0
     assert [manifest["stages"][name]["key"] for name in ("one", "two", "three", "four")] == keys(pipeline)
     assert manifest["stages"]["four"]["parents"] == ["two"]
-    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["packages"]["torch"] == version("torch")
 
 
 def test_what_is_done_is_not_done_again(write: Files, tmp_path: Path) -> None:
