@@ -1,6 +1,8 @@
 """lit_align, timed: `python ours.py METHOD MODEL STEPS key=value ...` prints one JSON line.
 
-The ordinary modules and data modules under a Lightning Trainer; the first two steps are left out.
+The ordinary modules and data modules under a Lightning Trainer; the first two steps are left out. In the first of them
+the products that the model takes are counted. With `profile=true` the rest is profiled and not timed: the share of each
+operation is printed before the line.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
 
 import lit_align as la
 from lit_align.modules.base import AlignModule
@@ -26,19 +30,34 @@ SAMPLES = 4  # answers to a prompt, for GRPO; `batch` counts answers
 
 
 class Clock(Callback):
-    """Seconds from the end of the warm-up to the end of training."""
+    """Seconds from the end of the warm-up to the end of training, and the FLOPs of the first batch."""
 
     def __init__(self, warm_up: int) -> None:
         self.warm_up = warm_up
         self.started = self.ended = 0.0
         self.batches = 0
+        self.flops = FlopCounterMode(display=False)
 
-    def on_train_batch_end(self, trainer: Trainer, *call: Any) -> None:
-        """Count."""
+    def on_train_batch_start(self, *call: Any) -> None:
+        """Count what the first batch takes."""
+        if self.batches == 0:
+            self.flops.__enter__()
+
+    def on_train_batch_end(self, *call: Any) -> None:
+        """Count batches."""
+        if self.batches == 0:
+            self.flops.__exit__(None, None, None)
         self.batches += 1
         self.ended = time.perf_counter()
         if self.batches == self.warm_up:
             self.started = self.ended
+
+
+def shares(profiled: profile) -> str:
+    """The operations that take most of the time, each with its share."""
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return "\n".join(f"{event.self_cpu_time_total / total:6.1%}  {event.key}" for event in events[:20])
 
 
 def length(rows: list[dict], completions: list[str]) -> list[float]:
@@ -56,7 +75,8 @@ def build(
 ) -> tuple[AlignModule, LightningDataModule]:
     """The module and the data of a method."""
     place = str(assets / model)
-    network = functools.partial(la.Network, place, weights="pretrained")
+    how = {"attention": o["attention"] or None, "compile": o["compile"]}
+    network = functools.partial(la.Network, place, weights="pretrained", **how)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5 if method == "ppo" else 1e-4, weight_decay=0.0, fused=True)
     size = o["batch"]
     data = {"batch_size": size, "max_length": o["max_length"], "row_tokens": o["row_tokens"], "val_fraction": 0.0}
@@ -67,7 +87,7 @@ def build(
         )
     if method in ("dpo", "reward"):
         module: AlignModule = (
-            la.DPOModule(policy, optimizer=optimizer)
+            la.DPOModule(policy, optimizer=optimizer, cache_reference=o["cached"])
             if method == "dpo"
             else la.RewardModule(policy, optimizer=optimizer)
         )
@@ -92,7 +112,8 @@ def main() -> None:
     method, model, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
     o: dict[str, Any] = {
         "assets": ".", "batch": 8, "max_length": 512, "row_tokens": 1024, "device": "cpu", "new_tokens": 48,
-        "micro_batch": 32, "lora": False, "threads": 2,
+        "micro_batch": 32, "lora": False, "threads": 2, "attention": "", "compile": False, "cached": False,
+        "profile": False,
     }  # fmt: skip
     for text in sys.argv[4:]:
         key, value = text.split("=", 1)
@@ -109,11 +130,17 @@ def main() -> None:
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         gradient_clip_val=None if method in ("ppo", "grpo") else 1.0,
     )  # fmt: skip
-    trainer.fit(module, data)
+    if o["profile"]:
+        with profile() as profiled:
+            trainer.fit(module, data)
+        print(shares(profiled))
+    else:
+        trainer.fit(module, data)
     seconds = clock.ended - clock.started
     figures = {
         "side": "lit_align", "method": method, "model": model, "seconds": round(seconds, 3),
         "examples_per_s": (clock.batches - clock.warm_up) * o["batch"] / seconds,
+        "gflop_per_example": round(clock.flops.get_total_flops() / o["batch"] / 1e9, 3),
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "peak_gpu_mb": torch.cuda.max_memory_allocated() >> 20 if o["device"] == "cuda" else 0,
         "versions": {"torch": torch.__version__, "lit_align": la.__version__},
