@@ -116,7 +116,11 @@ def check_strategy(strategy: Strategy, name: str, samples: bool) -> None:
         raise ValueError(f"{kind} (FSDP1) is not supported: {_SHARD}")
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         raise ValueError(f"{kind} cuts matrices, too, and its checkpoints hold what is frozen: {_SHARD}")
-    if isinstance(strategy, FSDP2Strategy) and samples:
+    if not isinstance(strategy, FSDP2Strategy):
+        return
+    if strategy.precision_plugin.precision == "16-mixed":  # which Lightning refuses, too, of its own strategy
+        raise ValueError("fsdp2 does not take fp16's scaler: set trainer.precision to bf16-mixed or 32-true")
+    if samples:
         raise ValueError(
             f"{name} samples from its model, which fsdp2 leaves in slices: use trainer.strategy: ddp, and "
             "model.network.lora if the optimizer's state does not fit"

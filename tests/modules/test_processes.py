@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from support.processes import in_two_processes
 from support.runs import ESTIMATORS, METHODS, SUPERVISED, TARGETS, Result, build, one_step, write_rows
@@ -109,7 +110,7 @@ def test_what_is_refused_says_what_to_use(
     write_rows(tmp_path)
     module, _ = build(method, place(tmp_path, "llama"), tmp_path)
     # DeepSpeed's needs its package to be made.
-    engine = strategy.__new__(strategy)
+    engine = strategy.__new__(strategy) if strategy is DeepSpeedStrategy else strategy()
     monkeypatch.setattr(strategy, "root_device", SimpleNamespace(type="meta"))
     module.trainer = SimpleNamespace(strategy=engine)  # type: ignore[assignment]
     if says is None:
@@ -117,6 +118,17 @@ def test_what_is_refused_says_what_to_use(
         return
     with pytest.raises(ValueError, match=says):
         module.setup(stage)
+
+
+def test_the_scaler_of_fp16_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    module, _ = build("sft", place(tmp_path, "llama"), tmp_path)
+    strategy, plugin = FSDP2Strategy(), Precision()
+    plugin.precision = "16-mixed"  # type: ignore[assignment]
+    strategy.precision_plugin = plugin
+    module.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="precision to bf16-mixed"):
+        module.setup("fit")
 
 
 def test_a_table_of_completions_is_refused_by_its_name() -> None:
