@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.models.load import _quiet
@@ -21,33 +23,50 @@ def export(
 ) -> Path:
     """Save weights (adapters merged), configuration, generation configuration, tokenizer and chat template.
 
-    The folder appears whole or not at all: it is written beside its place and moved there.
+    The folder appears whole or not at all: it is written beside its place and moved there. What killed attempts have
+    left beside it goes.
 
     Args:
         model: a transformers model, as `LanguageModel.hf` or `ScalarModel.hf`.
         tokenizer: saved beside it, if given.
         folder: where to; an earlier export there is replaced.
         stop_ids: tokens that end an answer, beside those that the model and the tokenizer name.
+
+    Raises:
+        OSError: the folder cannot be written, the disk being full for one; an earlier export is left as it was.
     """
     folder = Path(folder)
+    for left in [*folder.parent.glob(f".{folder.name}.partial-*"), *folder.parent.glob(f".{folder.name}.old-*")]:
+        shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(model, tokenizer, partial, stop_ids)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise OSError(number, f"{reason}: the model was not exported", str(folder)) from error
+    _replace(partial, folder)
+    return folder
+
+
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, stop_ids: Sequence[int]
+) -> None:
     state = merged_state_dict(model) if has_lora(model) else None
     if model.can_generate():
         _mend_generation_config(model, tokenizer, stop_ids)
     with _quiet():
         if state is None:
-            model.save_pretrained(partial)
+            model.save_pretrained(folder)
         else:
             plain = type(model)._from_config(model.config, dtype=model.dtype)
             plain.load_state_dict(state, strict=True)
             if model.can_generate():
                 plain.generation_config = model.generation_config
-            plain.save_pretrained(partial)
+            plain.save_pretrained(folder)
         if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    _replace(partial, folder)
-    return folder
+            tokenizer.save_pretrained(folder)
 
 
 def _replace(partial: Path, folder: Path) -> None:
