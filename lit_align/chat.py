@@ -33,7 +33,7 @@ class Chat:
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{name!r} has no chat template: it was not trained to answer")
         try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto").eval()
+            self.model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"cannot load {name!r} as a language model: {reason}") from error

@@ -69,6 +69,9 @@ class AlignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle where the run writes, and what it always has."""
         config = self.config[self.subcommand]
+        for key in ("trainer", "checkpoint"):
+            if not hasattr(config[key], "as_dict"):
+                raise ConfigError(f"{key}: expected a mapping of options, got {config[key]!r:.40}")
         config.out = expand(config.out)
         if self.subcommand == "fit" and config.ckpt_path is None and (again := requeued_folder(Path(config.out))):
             config.out, config.ckpt_path = str(again), "last"

@@ -41,9 +41,12 @@ def differences(whole: Path, broken: Path) -> list[str]:
             if one.is_file() and (not other.exists() or one.read_bytes() != other.read_bytes()):
                 found.append(f"{name} differs")
     states = [AtomicCheckpointIO().load_checkpoint(out / "checkpoints" / "last.ckpt") for out in (whole, broken)]
-    for state in states:  # how many batches validation has had is a count of Lightning's that leads to nothing
-        loop = state["loops"]["fit_loop"]
-        state["loops"]["fit_loop"] = {name: value for name, value in loop.items() if "val_loop" not in name}
+    for state in states:
+        # Two counts of Lightning's differ and lead to nothing: how many batches validation has had, and how many epochs
+        # were begun, which does not count one that begins with a resumed run.
+        loop = {name: value for name, value in state["loops"]["fit_loop"].items() if "val_loop" not in name}
+        loop["epoch_progress"] = {part: told["completed"] for part, told in loop["epoch_progress"].items()}
+        state["loops"]["fit_loop"] = loop
     for key in (*STATE, *DATA):
         if not identical(states[0].get(key), states[1].get(key)):
             found.append(f"{key} of the last checkpoint differs")

@@ -1,6 +1,6 @@
 """Break runs off in every way that a machine does, let them go on, and compare with those that were left alone.
 
-    nice python experiments/faults/run.py --kills 200
+    nice python experiments/faults/run.py --kills 200 --seeds 0 1
 
 A process that has imported everything forks one for each attempt: `lit-align fit -c run.yaml --ckpt_path last`. Killed
 at a random moment, by the clock or at one of its file operations, it is started again until it gets to its end.
@@ -8,121 +8,31 @@ at a random moment, by the clock or at one of its file operations, it is started
 
 from __future__ import annotations
 
+import argparse
+import collections
+import json
 import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["HF_HUB_OFFLINE"] = "1"
-
-import argparse  # noqa: E402 - after what they read at import
-import collections  # noqa: E402
-import json  # noqa: E402
-import platform  # noqa: E402
-import random  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-import traceback  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from dataclasses import asdict, dataclass, field  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import cases  # noqa: E402
-import compare  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import cases
+import compare
+import faults
+from attempt import Whole, child, file_operations, fit, left_alone, waited
+from torch import __version__ as torch_version
+from tqdm import tqdm
 
-import lit_align.cli  # noqa: E402, F401 - so that children need not import it
-from lit_align.__main__ import entry  # noqa: E402
-
-torch.set_num_threads(1)
-LIMIT = 300.0  # seconds, for an attempt: longer is a hang
 KINDS = ("clock", "training", "file", "file+")
-
-
-def child(work: Callable[[], int], log: Path) -> int:
-    """Fork, and do the work there; returns the process."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        code = work()
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 0
-    except BaseException:  # what a user would see as a traceback
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def waited(pid: int, seconds: float = LIMIT) -> int | None:
-    """Exit status, negative for a signal; None if it is still running after so many seconds."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
-
-
-def fit(file: Path, cache: Path, *more: str, hook: Callable[[], None] | None = None) -> Callable[[], int]:
-    """`lit-align fit` on a file, as the console runs it."""
-
-    def work() -> int:
-        os.environ["LIT_ALIGN_CACHE"] = str(cache)
-        sys.argv = ["lit-align", "fit", "-c", str(file), *more]
-        if hook is not None:
-            hook()
-        return entry()
-
-    return work
-
-
-CHANGES = ("open", "os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "shutil.rmtree")
-
-
-def file_operations(folders: list[Path], act: Callable[[int, str], None]) -> Callable[[], None]:
-    """Call `act` before every operation that changes a file under the folders, with its number and name."""
-    count = 0
-    roots = tuple(map(str, folders))
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        if event not in CHANGES or not arguments or not str(arguments[0]).startswith(roots):
-            return
-        if event == "open" and (not isinstance(arguments[1], str) or not set(arguments[1]) & set("wax+")):
-            return
-        count += 1
-        act(count, f"{event} {Path(str(arguments[0])).name}")
-
-    return lambda: sys.addaudithook(audit)
-
-
-@dataclass
-class Whole:
-    """A run that was left alone.
-
-    Attributes:
-        out: its folder.
-        seconds: how long it took.
-        operations: how often it changed a file.
-    """
-
-    out: Path
-    seconds: float
-    operations: int
 
 
 @dataclass
@@ -133,23 +43,6 @@ class Count:
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     differ: list[str] = field(default_factory=list)
     lost_or_torn: list[str] = field(default_factory=list)
-
-
-def left_alone(place: Path, method: str, way: str) -> Whole:
-    """The run that others are compared with."""
-    out = place / "whole" / f"{method}-{list(cases.WAYS).index(way)}"
-    out.parent.mkdir(exist_ok=True)
-    file, cache, counted = cases.write(place, method, way, out), out.with_suffix(".cache"), out.with_suffix(".count")
-    hook = file_operations([out, cache], lambda number, name: os.write(counts, f"{number} {name}\n".encode()) and None)
-    counts = os.open(counted, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-    started = time.monotonic()
-    code = waited(child(fit(file, cache, hook=hook), out.with_suffix(".log")))
-    os.close(counts)
-    if code != 0:
-        raise SystemExit(
-            f"{method}, {way}: the run left alone ended with {code}:\n{out.with_suffix('.log').read_text()}"
-        )
-    return Whole(out, time.monotonic() - started, len(counted.read_text().splitlines()))
 
 
 def kill_somewhere(place: Path, whole: Whole, file: Path, out: Path, kind: str, rng: random.Random) -> str | None:
@@ -200,15 +93,16 @@ def kill_somewhere(place: Path, whole: Whole, file: Path, out: Path, kind: str, 
     return None if code == 0 else f"ended with {code}"
 
 
-def killed_runs(place: Path, kills: int, seed: int) -> dict[str, Count]:
+def killed_runs(place: Path, kills: int, seed: int, minutes: float) -> dict[str, Count]:
     """Kill until there are as many, turning from module to module and from one way of saving to the next."""
+    end = time.monotonic() + 60 * minutes
     rng = random.Random(seed)
     counts = {method: Count() for method in cases.METHODS}
     plan = [(method, way) for way in cases.WAYS for method in cases.METHODS]
     wholes: dict[tuple[str, str], Whole] = {}
     number, total = 0, 0
-    with tqdm(total=kills, desc="kills", smoothing=0) as bar:
-        while total < kills or number % len(cases.METHODS):
+    with tqdm(total=kills, desc=f"kills, seed {seed}", position=seed, smoothing=0) as bar:
+        while (total < kills or number % len(cases.METHODS)) and time.monotonic() < end:
             method, way = plan[number % len(plan)]
             number += 1
             if (method, way) not in wholes:
@@ -242,39 +136,66 @@ def killed_runs(place: Path, kills: int, seed: int) -> dict[str, Count]:
     return counts
 
 
+def everything_of(place: Path, kills: int, seeds: list[int], minutes: float) -> dict[str, Any]:
+    """The kills of several seeds, each in a process of its own, counted together."""
+    processes = {}
+    for seed in seeds:
+        if (pid := os.fork()) == 0:
+            try:
+                folder = place / f"seed-{seed}"
+                folder.mkdir(exist_ok=True)
+                prepared(folder)
+                counts = killed_runs(folder, -(-kills // len(seeds)), seed, minutes)
+                told = {method: asdict(count) for method, count in counts.items()}
+                (place / f"seed-{seed}.json").write_text(json.dumps(told))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        processes[seed] = pid
+    modules: dict[str, Any] = {}
+    for seed, pid in processes.items():
+        if os.waitpid(pid, 0)[1] != 0:
+            raise SystemExit(f"the runs of seed {seed} came to no end")
+        for method, count in json.loads((place / f"seed-{seed}.json").read_text()).items():
+            so_far = modules.setdefault(method, {"runs": 0, "kills": {}, "differ": [], "lost_or_torn": []})
+            for key in ("runs", "differ", "lost_or_torn"):
+                so_far[key] += count[key]
+            so_far["kills"] = dict(collections.Counter(so_far["kills"]) + collections.Counter(count["kills"]))
+    return modules
+
+
+def prepared(place: Path) -> None:
+    """Model and rows, made by a process that ends: one that has trained or exported cannot be forked safely."""
+    if waited(child(lambda: cases.prepare(place) or 0, place / "prepare.log")) != 0:
+        raise SystemExit((place / "prepare.log").read_text())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the table; the exit status says whether anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=120.0, help="begin no run after so many")
     parser.add_argument("--only", choices=("kills", "faults"), help="one half of the table; the other stays")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="a process for each shares the kills")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="for the table")
     parser.add_argument("--place", type=Path, help="folder for the runs; a temporary one by default")
     told = parser.parse_args(arguments)
     place = (told.place or Path(tempfile.mkdtemp(prefix="faults-"))).resolve()
     place.mkdir(parents=True, exist_ok=True)
-    code = waited(child(lambda: cases.prepare(place) or 0, place / "prepare.log"))
-    if code != 0:
-        raise SystemExit((place / "prepare.log").read_text())
-    import faults  # beside this file
-
     file = told.out / "faults.json"
     result: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     wrong = False
     if told.only != "kills":
-        import faults  # beside this file, and it imports this one
-
+        prepared(place)
         result["faults"] = faults.all_of_them(place)
         wrong |= not all(fault["as_expected"] for fault in result["faults"])
     if told.only != "faults":
-        counts = killed_runs(place, told.kills, told.seed)
-        wrong |= any(count.differ or count.lost_or_torn for count in counts.values())
-        result |= {
-            "kills": sum(sum(count.kills.values()) for count in counts.values()),
-            "seed": told.seed,
-            "modules": {method: asdict(count) for method, count in counts.items()},
-        }
-    result |= {"python": platform.python_version(), "torch": torch.__version__}
+        modules = everything_of(place, told.kills, told.seeds, told.minutes)
+        wrong |= any(count["differ"] or count["lost_or_torn"] for count in modules.values())
+        result |= {"kills": sum(sum(count["kills"].values()) for count in modules.values()), "seeds": told.seeds}
+        result |= {"modules": modules}
+    result |= {"python": platform.python_version(), "torch": torch_version}
     told.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, indent=2).replace(str(place), "PLACE")
     file.write_text(text + "\n")

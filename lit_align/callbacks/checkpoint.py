@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_align.callbacks.checkpoint_io import whole
@@ -34,15 +35,19 @@ class RunCheckpoint(ModelCheckpoint):
         self._replaced: list[str] = []  # checkpoints to remove when the last one has its name
         self._before = ""  # the one that the latest takes the place of
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Clear away what a killed run left half done, and listen for signals."""
-        super().on_train_start(trainer, pl_module)
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear away what a killed run left half done."""
+        super().on_fit_start(trainer, pl_module)
         if trainer.is_global_zero and self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for partial in Path(self.dirpath).glob(".*.ckpt.partial"):
                 partial.unlink()
             if self._before and self._should_remove_checkpoint(trainer, self._before, self.best_model_path):
                 super()._remove_checkpoint(trainer, self._before)
         self._before = self.best_model_path
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for signals."""
+        super().on_train_start(trainer, pl_module)
         self._stop.listen(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -125,21 +130,23 @@ class RunCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Lightning's.
+        """Lightning's; the newest where none has the name: a run was killed between its first checkpoint and the link.
 
         Raises:
-            ValueError: there are checkpoints, but none by the name: Lightning would silently begin anew.
+            ValueError: the name leads to a file that is gone, and there is no other: Lightning would begin anew.
         """
         found: set[str] = super()._find_last_checkpoints(trainer)
-        there = [path for path in found if os.path.exists(path)]
-        others = sorted(Path(self.dirpath).glob("*.ckpt")) if self.dirpath is not None else []
-        if others and not there:
-            problem = "leads to a file that is gone" if found else "is not there"
-            left = ", ".join(str(path) for path in others if path.exists()) or "none: remove the link to begin anew"
-            raise ValueError(
-                f"the last checkpoint of {self.dirpath} {problem}; others there, to be named with --ckpt_path: {left}"
-            )
-        return set(there)
+        there = {path for path in found if os.path.exists(path)}
+        if there or self.dirpath is None:
+            return there
+        others = [path for path in Path(self.dirpath).glob("*.ckpt") if path.exists()]
+        if found and not others:
+            raise ValueError(f"{min(found)} leads to a file that is gone: remove it to begin anew")
+        if others:
+            newest = max(others, key=lambda path: path.stat().st_mtime)
+            rank_zero_info(f"there is no last.ckpt in {self.dirpath}: goes on from {newest.name}, the newest there")
+            return {str(newest)}
+        return set()
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's, and the checkpoint to remove should the run be killed before it does."""
