@@ -13,7 +13,7 @@ def entry() -> int:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("LIT_ALIGN_DEBUG"):
             raise
-        print(f"lit-align: {error}", file=sys.stderr)
+        print(f"lit-align: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

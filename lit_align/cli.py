@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +26,7 @@ import lit_align.modules
 import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML without their module path
 from lit_align import __version__
 from lit_align.callbacks import (
+    AtomicCheckpointIO,
     HFExport,
     Manifest,
     MetricsCSV,
@@ -66,7 +69,12 @@ class AlignCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle where the run writes, and what it always has."""
         config = self.config[self.subcommand]
+        for key in ("trainer", "checkpoint"):
+            if not hasattr(config[key], "as_dict"):
+                raise ConfigError(f"{key}: expected a mapping of options, got {config[key]!r:.40}")
         config.out = expand(config.out)
+        if self.subcommand == "fit" and config.ckpt_path is None and (again := requeued_folder(Path(config.out))):
+            config.out, config.ckpt_path = str(again), "last"
         out = resumed_folder(config.get("ckpt_path"), Path(config.out)) if self.subcommand == "fit" else None
         if out is None:
             out = free_folder(Path(config.out))
@@ -92,6 +100,9 @@ class AlignCLI(LightningCLI):
         if self.subcommand == "predict":
             callbacks.append(PredictionsFile(out / "completions.jsonl"))
         self.trainer_defaults["callbacks"] = callbacks
+        plugins = _list(told.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if told.logger is not False:
             kwargs["logger"] = [*_list(None if told.logger is True else told.logger), MetricsCSV(out)]
         return super().instantiate_trainer(**kwargs)
@@ -123,7 +134,7 @@ class DoctorCLI(AlignCLI):
 
 def _list(value: Any) -> list[Any]:
     """One, several or none, as a list."""
-    return [] if value is None else list(value) if isinstance(value, Iterable) else [value]
+    return [] if value is None else list(value) if isinstance(value, Iterable) and type(value) is not str else [value]
 
 
 def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
@@ -142,6 +153,17 @@ def free_folder(folder: Path) -> Path:
     while (folder.with_name(f"{folder.name}-{number}") / "config.yaml").exists():
         number += 1
     return folder.with_name(f"{folder.name}-{number}")
+
+
+def requeued_folder(folder: Path) -> Path | None:
+    """The folder in which this job of SLURM's began, if SLURM has started it again; it may have a number."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        return None
+    for manifest in folder.parent.glob(f"{folder.name}*/manifest.json"):
+        if json.loads(manifest.read_text()).get("slurm_job") == job:
+            return manifest.parent
+    return None
 
 
 def _parents(config: Any) -> list[str]:

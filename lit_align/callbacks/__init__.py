@@ -1,6 +1,7 @@
 """Callbacks that watch or write, and never change a gradient."""
 
 from lit_align.callbacks.checkpoint import RunCheckpoint
+from lit_align.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_align.callbacks.completions import CompletionsTable
 from lit_align.callbacks.divergence import Diverged, DivergenceGuard
 from lit_align.callbacks.ema import WeightEMA
@@ -13,6 +14,7 @@ from lit_align.callbacks.progress import ProgressLines, progress
 from lit_align.callbacks.save_config import SaveRunConfig
 
 __all__ = [
+    "AtomicCheckpointIO",
     "CompletionsTable",
     "Diverged",
     "DivergenceGuard",

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lit_align.callbacks.checkpoint_io import whole
+from lit_align.callbacks.metrics_csv import log_ahead
+from lit_align.callbacks.preemption import StopRequest
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -14,15 +24,54 @@ class RunCheckpoint(ModelCheckpoint):
     A validation that interrupts an accumulation of gradients is passed over.
     Lightning's own saves at the end of epochs, and 2.6 resumes badly from there: it counts the last batch again, so
     that every later step in the logs is one too high, and with max_epochs and max_steps given it ends an epoch early.
+
+    A run that dies at any moment leaves a checkpoint under the name of the last one, and goes on from it to the bit.
+    On SIGTERM, and on SLURM's signal before the time is up, it saves after the batch or the validation that it is in.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stop = StopRequest()
+        self._replaced: list[str] = []  # checkpoints to remove when the last one has its name
+        self._before = ""  # the one that the latest takes the place of
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Clear away what a killed run left half done."""
+        super().on_fit_start(trainer, pl_module)
+        if trainer.is_global_zero and self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for partial in Path(self.dirpath).glob(".*.ckpt.partial"):
+                partial.unlink()
+            if self._before and self._should_remove_checkpoint(trainer, self._before, self.best_model_path):
+                super()._remove_checkpoint(trainer, self._before)
+        self._before = self.best_model_path
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen for signals."""
+        super().on_train_start(trainer, pl_module)
+        self._stop.listen(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save where no validation will."""
+        loop = trainer.fit_loop
+        if self.monitor is None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
+            # A run that goes on from before a validation would not catch up on it.
+            every = self._every_n_train_steps
+            due = every > 0 and trainer.global_step % every == 0
+            self._defer_save_until_validation |= due and not self._should_skip_saving_checkpoint(trainer)
+            return
+        log_ahead(trainer)
         super().on_train_batch_end(trainer, pl_module, *args)
         epoch = trainer.current_epoch + 1
         due = trainer.is_last_batch and self._every_n_epochs > 0 and epoch % self._every_n_epochs == 0
         if due and not sum(trainer.num_val_batches):
             self._save(trainer)
+        self._leave_if_asked(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._leave_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last steps too, where Lightning's is content with any earlier checkpoint."""
@@ -36,12 +85,80 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
 
+    def _leave_if_asked(self, trainer: Trainer) -> None:
+        if not self._stop.made(trainer) or _pending(trainer):
+            return
+        last = str(self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST))
+        self._save(trainer)
+        if not self._should_skip_saving_checkpoint(trainer):  # what is kept is chosen by a metric
+            self._save_checkpoint(trainer, last)
+        if trainer.training:  # and not in a validation
+            trainer._logger_connector.update_train_step_metrics()
+        self._stop.leave(trainer, last)
+
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
-        # In the middle of an accumulation the gradients so far are in no checkpoint: a run that was resumed from one
-        # would step without them.
-        batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        pending = batches % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch
-        return pending or super()._should_skip_saving_checkpoint(trainer)
+        return _pending(trainer) or super()._should_skip_saving_checkpoint(trainer)
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         return bool(self._save_on_train_epoch_end)
+
+    # Whatever the moment of a kill, the name of the last checkpoint leads to a whole one.
+
+    def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._before = self.best_model_path
+        super()._save_none_monitor_checkpoint(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        while self._replaced:
+            super()._remove_checkpoint(trainer, self._replaced.pop())
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # Lightning's removes the older one before the link to it leads to the new one.
+        self._replaced.append(filepath)
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """Lightning's, which removes the link before it makes the new one, without the moment between."""
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            with whole(Path(linkpath)) as partial:
+                partial.unlink(missing_ok=True)
+                try:
+                    partial.symlink_to(os.path.relpath(filepath, os.path.dirname(linkpath)))
+                except OSError:  # a file system without links
+                    shutil.copy(filepath, partial)
+        trainer.strategy.barrier()
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Lightning's; the newest where none has the name: a run was killed between its first checkpoint and the link.
+
+        Raises:
+            ValueError: the name leads to a file that is gone, and there is no other: Lightning would begin anew.
+        """
+        found: set[str] = super()._find_last_checkpoints(trainer)
+        there = {path for path in found if os.path.exists(path)}
+        if there or self.dirpath is None:
+            return there
+        others = [path for path in Path(self.dirpath).glob("*.ckpt") if path.exists()]
+        if found and not others:
+            raise ValueError(f"{min(found)} leads to a file that is gone: remove it to begin anew")
+        if others:
+            newest = max(others, key=lambda path: path.stat().st_mtime)
+            rank_zero_info(f"there is no last.ckpt in {self.dirpath}: goes on from {newest.name}, the newest there")
+            return {str(newest)}
+        return set()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's, and the checkpoint to remove should the run be killed before it does."""
+        return {**super().state_dict(), "before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        super().load_state_dict(state_dict)
+        self._before = state_dict.get("before", "")
+
+
+def _pending(trainer: Trainer) -> bool:
+    """Whether an accumulation is on: its gradients are in no checkpoint, and a resumed run would step without them."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return bool(batches % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch)

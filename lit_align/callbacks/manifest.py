@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_align.callbacks.checkpoint_io import whole
 
 PACKAGES = (
     "lit_align",
@@ -57,8 +60,10 @@ class Manifest(Callback):
             "data": described(),
             "parents": {parent: model_hash(Path(parent)) for parent in self.parents},
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        if job := os.environ.get("SLURM_JOB_ID"):
+            content["slurm_job"] = job  # that which SLURM starts again finds its folder by this
+        with whole(self.path) as partial:
+            partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
@@ -37,32 +38,72 @@ class MetricsCSV(CSVLogger):
         """The configuration has a file of its own."""
 
 
+def log_ahead(trainer: Trainer) -> None:
+    """Write what the batch logged before a checkpoint counts the batch as done.
+
+    Lightning logs a batch after its callbacks: a run killed between the two would go on without that row.
+    """
+    connector = trainer._logger_connector
+    accumulating = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization
+    if accumulating or not connector.should_update_logs:
+        return
+    row: dict[str, Any] = {"epoch": trainer.current_epoch, **connector.metrics["log"]}
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.log_metrics(row, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.save()
+
+
 class _ContinuingWriter(ExperimentWriter):
     """Appends; the first row decides which rows of an interrupted run stay: those of earlier steps."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.latest: dict[str, Any] = {}
 
     def _check_log_dir_exists(self) -> None:
         # Lightning's deletes the file here.
         self.interrupted = Path(self.metrics_file_path).exists()
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Record a row."""
+        """Record a row; one that was logged ahead comes a second time."""
         if self.interrupted and step is not None:
             self.interrupted = False
             self._keep_before(step)
         super().log_metrics(metrics_dict, step)
+        if repr(sorted(self.metrics[-1].items())) == repr(sorted(self.latest.items())):  # by repr, for nan is not nan
+            self.metrics.pop()
+        else:
+            self.latest = self.metrics[-1]
+
+    def save(self) -> None:
+        """Append; a column that is new needs the file written anew."""
+        path = Path(self.metrics_file_path)
+        if not self.metrics:
+            return
+        try:
+            if self._record_new_keys() or not path.exists():
+                self._write(_rows(path) + self.metrics)
+            else:
+                with path.open("a", newline="") as file:
+                    csv.DictWriter(file, fieldnames=self.metrics_keys).writerows(self.metrics)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: metrics cannot be written", str(path)) from error
+        self.metrics = []
 
     def _keep_before(self, step: int) -> None:
+        rows = _rows(Path(self.metrics_file_path))
+        self.metrics_keys = sorted(set().union(*rows))
+        self._write([row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < step])
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """The file with these rows, there whole or as it was."""
         path = Path(self.metrics_file_path)
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            self.metrics_keys = list(reader.fieldnames or [])
-            # A killed process may have left half a line behind.
-            kept = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
         partial = path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
-            writer.writerows(kept)
+            writer.writerows(rows)
         partial.replace(path)
 
 
@@ -75,3 +116,11 @@ def last_values(metrics: Path) -> dict[str, float]:
         for row in csv.DictReader(file):
             values |= {name: float(value) for name, value in row.items() if value}
     return values
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of the file, if there is one, without half a line that a killed process left: its step may be half, too."""
+    if not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return list(csv.DictReader(lines))

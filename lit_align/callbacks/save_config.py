@@ -9,6 +9,8 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lit_align.callbacks.checkpoint_io import whole
+
 
 class SaveRunConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder, puts it into checkpoints, and refuses to resume with another.
@@ -29,10 +31,8 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On the first process, before anything runs."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, str(self.folder / "config.yaml"), skip_unset=False, overwrite=True, multifile=False
-        )
+        with whole(self.folder / "config.yaml") as partial:
+            self.parser.save(self.config, str(partial), skip_unset=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": self._plain()})
 

@@ -52,7 +52,7 @@ class BadFile(ValueError):
     """A file that cannot be read to its end: an error even where bad rows are skipped, for who knows what is lost."""
 
     def __init__(self, origin: str, where: str, problem: object) -> None:
-        super().__init__(f"{origin}, {where}: {problem}")
+        super().__init__(f"{origin}, {where}: {' '.join(str(problem).split())}")
 
 
 class Rows:

@@ -87,7 +87,9 @@ class Source:
                 row = self._rename(raw)
                 if reader is None:
                     reader = FORMATS[recognise(row)]
-                for read in reader(row):
+                held = reader(row)
+                tally["rows_with_nothing_to_learn"] += not held  # a tree that nobody ranked, for one
+                for read in held:
                     yield f"{origin}, row {number}", read
             except BadField as problem:
                 error = BadRow(origin, number, self._as_in_file(problem))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.models.load import _quiet
@@ -25,8 +28,8 @@ def export(
 ) -> Path:
     """Save weights (adapters merged), configuration, generation configuration, tokenizer and chat template.
 
-    The folder appears whole or not at all: it is written beside its place and moved there. All processes of a model in
-    slices must come here; the first writes.
+    The folder appears whole or not at all: it is written beside its place and moved there. What killed attempts have
+    left beside it goes. All processes of a model in slices must come here; the first writes.
 
     Args:
         model: a transformers model, as `LanguageModel.hf` or `ScalarModel.hf`.
@@ -35,32 +38,48 @@ def export(
         stop_ids: tokens that end an answer, beside those that the model and the tokenizer name.
         adapter: save the adapter alone, in peft's format, in place of weights and configuration.
         card: the README.md of the folder.
+
+    Raises:
+        OSError: the folder cannot be written, the disk being full for one; an earlier export is left as it was.
     """
     folder, sliced = Path(folder), is_sharded(model)
     state = merged_state_dict(model) if sliced or (has_lora(model) and not adapter) else None
     if sliced and not state:
         return folder
+    for left in [*folder.parent.glob(f".{folder.name}.partial-*"), *folder.parent.glob(f".{folder.name}.old-*")]:
+        shutil.rmtree(left, ignore_errors=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    if model.can_generate():
-        _mend_generation_config(model, tokenizer, stop_ids)
-    with _quiet():
-        if adapter:
-            save_adapter(model, partial)
-        elif state is None:
-            model.save_pretrained(partial)
-        else:
-            plain = type(model)._from_config(model.config, dtype=model.dtype)
-            plain.load_state_dict(state, strict=True)
-            if model.can_generate():
-                plain.generation_config = model.generation_config
-            plain.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-    if card is not None:
-        (partial / "README.md").write_text(card)
+    try:
+        if model.can_generate():
+            _mend_generation_config(model, tokenizer, stop_ids)
+        with _quiet():
+            if adapter:
+                save_adapter(model, partial)
+            else:
+                _save_whole(model, state, partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        if card is not None:
+            (partial / "README.md").write_text(card)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise OSError(number, f"{reason}: the model was not exported", str(folder)) from error
     _replace(partial, folder)
     return folder
+
+
+def _save_whole(model: PreTrainedModel, state: dict[str, Tensor] | None, folder: Path) -> None:
+    """Save a model, or, given the state with its adapters folded in, a plain one of its kind."""
+    if state is None:
+        model.save_pretrained(folder)
+        return
+    plain = type(model)._from_config(model.config, dtype=model.dtype)
+    plain.load_state_dict(state, strict=True)
+    if model.can_generate():
+        plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
 
 
 def _replace(partial: Path, folder: Path) -> None:

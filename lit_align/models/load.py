@@ -137,6 +137,11 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name!r} comes with code of its own, which is run only with network.trust_remote_code: true; look at "
+                "it before you trust it"
+            ) from error
         raise ValueError(f"cannot load {name!r} (neither a usable folder nor a name on the hub): {reason}") from error
 
 

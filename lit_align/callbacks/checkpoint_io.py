@@ -1,0 +1,152 @@
+"""Checkpoint files: there whole or not at all, read back before an older one goes, and told apart from damaged ones."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+
+# What unpacking a damaged or foreign file raises, depending on where the damage is.
+_DAMAGED = (
+    EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, pickle.UnpicklingError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, has it on disk, reads it back, and only then gives it its name.
+
+    Lightning's writes to the folder of temporary files and moves from there: between two file systems that is a copy,
+    of which a kill leaves half under the name of a checkpoint. It also holds the bytes in memory twice.
+
+    Only tensors and plain values are loaded (`weights_only`), unless `--weights_only false` asks for more by name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write.
+
+        Raises:
+            OSError: the disk is full, or did not keep what was written; what was there before still is.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with whole(Path(path)) as partial:
+            try:
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                broken = _broken_record(partial)
+            except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+                raise _not_written(Path(path), error) from error
+            if broken is not None:
+                raise OSError(errno.EIO, f"the disk did not keep what was written ({broken})", str(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: damaged, not a checkpoint, or one that holds more than tensors and plain values.
+        """
+        map_location = map_location or _keep
+        weights_only = True if weights_only is None else weights_only
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no checkpoint {path}{_others(Path(path))}")
+        try:
+            # torch reads numbers without looking at their checksums: a flipped bit would be trained on.
+            if broken := _broken_record(Path(path)):
+                raise zipfile.BadZipFile(f"{broken} does not match its checksum")
+            checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+        except _DAMAGED as error:
+            if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+                raise ValueError(
+                    f"the checkpoint {path} holds more than tensors and plain values, and could run code when loaded: "
+                    f"--weights_only false, if you trust where it comes from ({_line(error)})"
+                ) from error
+            raise ValueError(
+                f"the checkpoint {path} is damaged and cannot be read ({_line(error)}){_others(Path(path))}"
+            ) from error
+        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+            raise ValueError(f"{path} is no checkpoint of a run: it holds {type(checkpoint).__name__} without its keys")
+        return checkpoint
+
+
+def _keep(storage: Any, location: str) -> Any:
+    return storage
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name to write to, whose file or link takes the place of `path` at the end, or is removed if anything fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Have the folder's list of names on disk, too."""
+    with contextlib.suppress(OSError):  # not every file system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _broken_record(path: Path) -> str | None:
+    """The first record of a checkpoint, which is a zip archive, that does not match its checksum."""
+    if path.stat().st_size == 0:
+        raise EOFError("it is empty")
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
+
+
+def _not_written(path: Path, error: Exception) -> OSError:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch raises its own error while that of the disk passes through it
+    number = cause.errno if isinstance(cause, OSError) and cause.errno else errno.EIO
+    reason = os.strerror(number) if cause is not None else _line(error)
+    free = shutil.disk_usage(path.parent).free
+    return OSError(
+        number,
+        f"{reason}: the checkpoint was not written ({free / 2**20:,.0f} MiB are free there), the one before is kept; "
+        "make room and go on with --ckpt_path last",
+        str(path),
+    )
+
+
+def _line(error: Exception) -> str:
+    """The first sentence of an error."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.split(". ")[0][:200]
+
+
+def _others(path: Path) -> str:
+    """The other checkpoints of the folder, newest first: the way out."""
+    target = path.resolve()
+    others = [other for other in path.parent.glob("*.ckpt") if other.is_file() and other.resolve() != target]
+    if not others:
+        return "; there is no other one beside it: without --ckpt_path a new run starts"
+    others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
+    return f"; go on from another one, newest first: {', '.join(map(str, others))}"
