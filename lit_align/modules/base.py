@@ -166,16 +166,22 @@ class AlignModule(LightningModule):
         return self._forward_of(last) * self.trainer.accumulate_grad_batches
 
     def _forward_of(self, batch: Any) -> Tensor:
-        tokens = getattr(batch, "packed", batch).tokens_RN.shape
+        with self.working_on(getattr(batch, "packed", batch)):
+            return self.micro_step(batch)
+
+    @contextlib.contextmanager
+    def working_on(self, batch: PackedBatch) -> Iterator[None]:
+        """The forward of a micro-batch: should there be no memory for it, or for its backward, that is what is said."""
+        tokens = batch.tokens_RN.shape
         self._work = f"a micro-batch of {tokens.numel():,} tokens in {tokens[0]} rows"
         with memory_for(f"the forward of {self._work}", self.memory_option):
-            return self.micro_step(batch)
+            yield
 
     @property
     def memory_option(self) -> str:
         """What to lower when a micro-batch does not fit."""
         if not self.automatic_optimization:
-            return "model.micro_batch_size"
+            return "model.micro_batch_size or model.micro_batch_tokens"
         return "data.micro_batch_tokens (or data.batch_size, accumulating over more batches)"
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

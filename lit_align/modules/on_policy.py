@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lit_align.functional.logprobs import sum_by_sequence
-from lit_align.functional.packing import pack
+from lit_align.functional.packing import best_fit_decreasing, pack, split_bins
 from lit_align.functional.ppo import off_policy_drift
 from lit_align.functional.sft import sft_loss
 from lit_align.models.network import Network
@@ -30,6 +30,8 @@ class OnPolicyModule(PolicyModule):
         epochs: passes over a rollout.
         mini_batches: optimizer steps in a pass.
         micro_batch_size: sequences in one forward and backward.
+        micro_batch_tokens: tokens in one forward and backward, in place of a number of sequences; mini-batches then
+            have about as many micro-batches, and not as many sequences.
         max_grad_norm: gradients are scaled down to this norm; null for no limit.
         ptx_coef: weight of the loss on the data module's `ptx` text (PPO-ptx).
         options: those of `PolicyModule`; `sampling` is how rollouts are drawn.
@@ -46,6 +48,7 @@ class OnPolicyModule(PolicyModule):
         epochs: int = 4,
         mini_batches: int = 1,
         micro_batch_size: int = 8,
+        micro_batch_tokens: int | None = None,
         max_grad_norm: float | None = 1.0,
         ptx_coef: float = 0.0,
         **options: Any,
@@ -58,6 +61,7 @@ class OnPolicyModule(PolicyModule):
         self.monitors: Any = nn.ModuleDict(monitors or {})
         self.reference_network = reference
         self.epochs, self.mini_batches, self.micro_batch_size = epochs, mini_batches, micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.max_grad_norm, self.ptx_coef = max_grad_norm, ptx_coef
         self.optimizer_steps_per_batch = epochs * mini_batches
         self.iteration = 0
@@ -111,13 +115,27 @@ class OnPolicyModule(PolicyModule):
         """Sequence numbers of each micro-batch: whole prompts, shuffled."""
         k = rollout.samples
         prompts = torch.randperm(rollout.num_sequences // k, generator=shuffle)
-        groups = prompts.split(max(self.micro_batch_size // k, 1))
+        if self.micro_batch_tokens is None:
+            groups = prompts.split(max(self.micro_batch_size // k, 1))
+        else:
+            groups = self._within_budget(prompts, [example.num_tokens for example in rollout.examples()])
         if len(groups) < self.mini_batches:
             raise ValueError(
                 f"{self.mini_batches} mini-batches need as many micro-batches, and {rollout.num_sequences} sequences "
                 f"make {len(groups)}: lower model.micro_batch_size ({self.micro_batch_size})"
             )
         return [(group[:, None] * k + torch.arange(k)).flatten() for group in groups]
+
+    def _within_budget(self, prompts: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
+        room = self.micro_batch_tokens or 0
+        if max(lengths) > room:
+            raise ValueError(
+                f"a prompt with its answers has {max(lengths):,} tokens, above model.micro_batch_tokens ({room:,}): "
+                "raise that, or lower data.max_length, sampling.max_new_tokens or sampling.samples"
+            )
+        bins = best_fit_decreasing([lengths[prompt] for prompt in prompts.tolist()], room)
+        bins = split_bins(bins, max(len(bins), min(self.mini_batches, len(prompts))))
+        return tuple(prompts[sorted(chosen)] for chosen in bins)
 
     def packed(self, rollout: Rollout) -> PackedBatch:
         """A rollout as a batch, on the device."""

@@ -130,8 +130,7 @@ class PPOModule(OnPolicyModule):
         self.value_network, self.advantage = value, advantage
         self.clip, self.clip_high, self.dual_clip, self.aggregation = clip, clip_high, dual_clip, aggregation
         self.value_clip, self.value_coef, self.value_lr = value_clip, value_coef, value_lr
-        self.value_warmup = value_warmup
-        self.discount, self.lambda_ = discount, lambda_
+        self.value_warmup, self.discount, self.lambda_ = value_warmup, discount, lambda_
         self.kl_coef, self.kl_in, self.kl_estimator = kl_coef, kl_in, kl_estimator
         self.kl_target, self.kl_horizon, self.target_kl = kl_target, kl_horizon, target_kl
         self.missing_eos_penalty, self.reward_clip = missing_eos_penalty, reward_clip
@@ -181,10 +180,11 @@ class PPOModule(OnPolicyModule):
 
     def forward(self, batch: PackedBatch, entropies: bool = False) -> tuple[TokenScores, Tensor | None]:
         """What the policy says of each scored token, and the value model, if there is one, of the state before it."""
-        scored = self.policy(batch, self.sampling.temperature, self.sampling.top_p, entropies)
-        if isinstance(self.value, ValueHead):
-            return scored, self.value(scored.hidden_SH)
-        return scored, None if self.value is None else self.value.values(batch)
+        with self.working_on(batch):
+            scored = self.policy(batch, self.sampling.temperature, self.sampling.top_p, entropies)
+            if isinstance(self.value, ValueHead):
+                return scored, self.value(scored.hidden_SH)
+            return scored, None if self.value is None else self.value.values(batch)
 
     # The algorithm.
 

@@ -41,7 +41,8 @@ def variants(method: str) -> dict[str, dict]:
         layouts = {"unpacked": UNPACKED, "unshared": UNSHARED, "padded": PADDED, "wide": WIDE}
         ways |= {name: {"micro_batch_size": 6, "layout": layout} for name, layout in layouts.items()}
         return {name: {"batch_size": 8, **way} for name, way in ways.items()} | {
-            "other order": {"batch_size": 8, "micro_batch_size": 16, "seed": 5}
+            "by tokens": {"batch_size": 8, "micro_batch_tokens": 180},
+            "other order": {"batch_size": 8, "micro_batch_size": 16, "seed": 5},
         }
     return {
         "whole": {"batch_size": 8},

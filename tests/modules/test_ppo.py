@@ -298,6 +298,26 @@ def test_too_few_micro_batches_say_what_to_lower(place: Path) -> None:
         fit(module(place, mini_batches=4, micro_batch_size=12), data(place))
 
 
+# Kills: a budget that is not looked at; sequences lost or taken twice; fewer micro-batches than mini-batches.
+def test_micro_batches_by_tokens(place: Path) -> None:
+    ppo, sizes = module(place, micro_batch_tokens=100, mini_batches=2), []
+    score = ppo.score
+
+    def spied(rollout: Rollout, *call: Any) -> Any:
+        groups = ppo.micro_batches(rollout, torch.Generator().manual_seed(1))
+        assert sorted(torch.cat(list(groups)).tolist()) == list(range(rollout.num_sequences))
+        sizes.extend(sum(e.num_tokens for e in rollout.pick(group.tolist()).examples()) for group in groups)
+        return score(rollout, *call)
+
+    ppo.score = spied  # type: ignore[method-assign]
+    fit(ppo, data(place))
+    assert len(sizes) >= 2
+    assert max(sizes) <= 100
+    assert len(module(place, micro_batch_tokens=10_000, mini_batches=3)._within_budget(torch.arange(5), [9] * 5)) == 3
+    with pytest.raises(ValueError, match=r"above model\.micro_batch_tokens \(20\): raise that, or lower"):
+        fit(module(place, micro_batch_tokens=20), data(place))
+
+
 def test_gradients_are_clipped_to_the_norm(place: Path) -> None:
     ppo = module(place, max_grad_norm=1e-3)
     ppo.configure_model()

@@ -135,7 +135,7 @@ def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningM
         reference = None if held == "lora" else reference
         module = DPOModule(network, reference=reference, cache_reference=method == "dpo_cached", **common)
         return module, PreferenceDataModule(folder, rankings, **data)
-    options = {name: data.pop(name) for name in ("micro_batch_size", "layout") if name in data}
+    options = {name: data.pop(name) for name in ("micro_batch_size", "micro_batch_tokens", "layout") if name in data}
     if "layout" in options:
         lit_align.modules.on_policy.pack = functools.partial(pack, **options.pop("layout"))
     module = PPOModule(
