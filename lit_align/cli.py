@@ -268,6 +268,13 @@ def _lightning(args: list[str], cli: type[AlignCLI] = AlignCLI) -> AlignCLI:
         raise
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
+    except RuntimeError as error:  # of torch's, raised wherever the process is when its child dies
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            "a process that builds batches was killed, mostly for want of memory: lower data.num_workers (0 needs no "
+            f"process), and go on with --ckpt_path last ({' '.join(str(error).split())})"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import pytest
 from data.fuzz import fuzz
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.malformed import configurations, files
+from support.malformed import Malformed, configurations, files
 from support.parsers import only
 from support.tiny import tiny_folder
 
@@ -50,7 +50,7 @@ def one_line(error: Exception, *names: str) -> None:
         assert name in text, text
 
 
-def check_file(file: tuple[str, bytes], kind: int, on_bad_row: str) -> None:
+def check_file(file: Malformed, kind: int, on_bad_row: str) -> None:
     name, raw = file
     module = modules()[kind]
     with tempfile.TemporaryDirectory() as folder:
@@ -85,14 +85,14 @@ FILES = given(files(), st.integers(0, 2), st.sampled_from(("error", "skip")))
 
 @settings(fuzz, max_examples=60)
 @FILES
-def test_files(file: tuple[str, bytes], kind: int, on_bad_row: str) -> None:
+def test_files(file: Malformed, kind: int, on_bad_row: str) -> None:
     check_file(file, kind, on_bad_row)
 
 
 @pytest.mark.slow
 @settings(fuzz, max_examples=1400)
 @FILES
-def test_many_files(file: tuple[str, bytes], kind: int, on_bad_row: str) -> None:
+def test_many_files(file: Malformed, kind: int, on_bad_row: str) -> None:
     check_file(file, kind, on_bad_row)
 
 

@@ -37,7 +37,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def refuse(*arguments: Any, **options: Any) -> None:
-        names.append(str(arguments[-1] if isinstance(arguments[0], socket.socket) else arguments[0]))
+        address = arguments[1] if isinstance(arguments[0], socket.socket) else arguments[0]
+        names.append(str(address[0] if isinstance(address, tuple) else address))
         raise OSError("no network here")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)

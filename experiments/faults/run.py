@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ def everything_of(place: Path, kills: int, seeds: list[int], minutes: float) -> 
                 folder.mkdir(exist_ok=True)
                 prepared(folder)
                 counts = killed_runs(folder, -(-kills // len(seeds)), seed, minutes)
-                told = {method: asdict(count) for method, count in counts.items()}
+                told = {method: {**vars(count), "kills": dict(count.kills)} for method, count in counts.items()}
                 (place / f"seed-{seed}.json").write_text(json.dumps(told))
                 os._exit(0)
             except BaseException:

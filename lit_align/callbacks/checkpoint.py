@@ -145,7 +145,9 @@ class RunCheckpoint(ModelCheckpoint):
         if others:
             newest = max(others, key=lambda path: path.stat().st_mtime)
             rank_zero_info(f"there is no last.ckpt in {self.dirpath}: goes on from {newest.name}, the newest there")
-            return {str(newest)}
+            last = str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+            self._link_checkpoint(trainer, str(newest), last)
+            return {last}
         return set()
 
     def state_dict(self) -> dict[str, Any]:

@@ -149,4 +149,4 @@ def _others(path: Path) -> str:
     if not others:
         return "; there is no other one beside it: without --ckpt_path a new run starts"
     others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
-    return f"; go on from another one, newest first: {', '.join(map(str, others))}"
+    return f"; go on from another one, newest first: {', '.join(map(str, others[:3]))}"

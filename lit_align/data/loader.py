@@ -64,7 +64,7 @@ class Loader:
             collate_fn=_same,
             generator=torch.Generator(),
         )
-        for number, batch in zip(numbers, _said(loader), strict=True):
+        for number, batch in zip(numbers, loader, strict=True):
             # Before the batch is handed out: a checkpoint written while it is trained on counts it as taken.
             if self.position:
                 self.position.batches = number + 1
@@ -88,19 +88,6 @@ def shares(count: int, rank: int, world: int, size: int) -> list[range]:
     mine = range(rank, count, world)
     batches = min(math.ceil(math.ceil(count / world) / size), count // world)
     return [mine[n * len(mine) // batches : (n + 1) * len(mine) // batches] for n in range(batches)]
-
-
-def _said(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """Batches; in one line, that a process which builds them is gone."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise ChildProcessError(
-            f"a process that builds batches was killed, mostly for want of memory: lower data.num_workers (0 needs no "
-            f"process), and go on with --ckpt_path last ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def _same(batch: Batch) -> Batch:

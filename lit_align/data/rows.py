@@ -39,12 +39,18 @@ class BadField(ValueError):
         return BadField(f"{where}.{self.field}", self.problem)
 
 
+def _brief(problem: object, room: int = 800) -> str:
+    """One line, without the middle of what a file of no use may hold as the name of a field."""
+    text = " ".join(str(problem).splitlines())
+    return text if len(text) <= room else f"{text[: room // 2]} ... {text[-room // 2 :]}"
+
+
 class BadRow(ValueError):
     """A row that cannot be used: where it is, which field, what is wrong, and the way out."""
 
     def __init__(self, origin: str, row: int | str, problem: object) -> None:
         super().__init__(
-            f"{origin}, row {row}: {problem} (mend the row, or set on_bad_row: skip to count and leave out)"
+            f"{origin}, row {row}: {_brief(problem)} (mend the row, or set on_bad_row: skip to count and leave out)"
         )
 
 
@@ -52,7 +58,7 @@ class BadFile(ValueError):
     """A file that cannot be read to its end: an error even where bad rows are skipped, for who knows what is lost."""
 
     def __init__(self, origin: str, where: str, problem: object) -> None:
-        super().__init__(f"{origin}, {where}: {' '.join(str(problem).split())}")
+        super().__init__(f"{origin}, {where}: {_brief(problem)}")
 
 
 class Rows:

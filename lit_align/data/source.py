@@ -88,7 +88,8 @@ class Source:
                 if reader is None:
                     reader = FORMATS[recognise(row)]
                 held = reader(row)
-                tally["rows_with_nothing_to_learn"] += not held  # a tree that nobody ranked, for one
+                if not held:  # a tree that nobody ranked, for one
+                    tally["rows_with_nothing_to_learn"] += 1
                 for read in held:
                     yield f"{origin}, row {number}", read
             except BadField as problem:

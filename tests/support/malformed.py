@@ -9,7 +9,7 @@ import gzip
 import io
 import json
 import lzma
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -127,9 +127,19 @@ def damaged(draw: st.DrawFn, raw: bytes) -> bytes:
     return b"" if how == "empty" else raw
 
 
+class Malformed(NamedTuple):
+    """A file's name and what it holds."""
+
+    name: str
+    raw: bytes
+
+    def __repr__(self) -> str:
+        return f"{self.name}, {len(self.raw)} bytes: {self.raw[:600]!r}"
+
+
 @st.composite
-def files(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A name and what the file holds."""
+def files(draw: st.DrawFn) -> Malformed:
+    """A file."""
     name = draw(st.sampled_from(sorted(ROWS)))
     kind = draw(st.sampled_from(("jsonl", "jsonl", "jsonl", "json", "csv", "parquet", "txt")))
     rows = [ROWS[name]] * draw(st.integers(1, 3))
@@ -143,7 +153,7 @@ def files(draw: st.DrawFn) -> tuple[str, bytes]:
     raw = COMPRESSED[ending](raw)
     if ending and draw(st.booleans()) and len(raw) < 100_000:
         raw = draw(damaged(raw))
-    return f"rows.{kind}{ending}", raw
+    return Malformed(f"rows.{kind}{ending}", raw)
 
 
 @st.composite

@@ -1,0 +1,70 @@
+"""SLURM's signal: saved where it is exact, the job put back, and its folder found again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from support.configs import config
+from support.parsers import only
+
+from lit_align.callbacks.preemption import Preempted
+from lit_align.cli import main, requeued_folder
+
+
+class Signal(Callback):
+    """Asks this process to stop in the middle of an accumulation.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer: Trainer, *call: Any) -> None:
+        """Ask, in the third of the batches."""
+        if trainer.fit_loop.total_batch_idx == 2:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("slurm", [False, True])
+def test_asked_to_stop_it_saves_after_the_accumulation(
+    parts: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: bool
+) -> None:
+    only("fit", monkeypatch)
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path / "cache"))
+    number = signal.SIGUSR1 if slurm else signal.SIGTERM
+    content = config("sft", *parts, tmp_path / "run", max_steps=4, accumulate_grad_batches=2)
+    content["data"]["init_args"]["batch_size"] = 1
+    call = {"class_path": f"{__name__}.Signal", "init_args": {"number": int(number)}}
+    content["trainer"]["callbacks"] = [call]
+    if slurm:
+        (tmp_path / "bin").mkdir()
+        program = tmp_path / "bin" / "scontrol"
+        program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        for name, value in {"NTASKS": 1, "JOB_ID": 77, "JOB_NAME": "x", "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        assert SLURMEnvironment.detect()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(Preempted) as left:
+        main(["fit", "-c", str(tmp_path / "run.yaml")])
+    assert left.value.code == 143
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2  # not after the third batch, of which the gradients would be lost
+    assert not (tmp_path / "run" / "model").exists()
+    assert signal.getsignal(number) == signal.SIG_DFL
+    if slurm:
+        assert (tmp_path / "asked").read_text() == "requeue 77\n"
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        assert requeued_folder(tmp_path / "run") == tmp_path / "run"
+        assert requeued_folder(tmp_path / "other") is None
