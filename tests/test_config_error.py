@@ -77,7 +77,7 @@ IN_FILES = [
     ("sft modle", 3, "unknown key 'modle', did you mean 'model'?; keys are seed_everything, trainer, model, data, out"),
     ("sft trainer.max_step", 3, "unknown key 'trainer.max_step', did you mean 'max_steps'?; keys of Trainer are"),
     ("sft checkpoint.save_lst", 3, "unknown key 'checkpoint.save_lst', did you mean 'save_last'?; keys of ModelC"),
-    (f"sft {MODEL}.lr", 3, "unknown key 'model.lr'; keys of SFTModule are network, sampling, seed, optimizer"),
+    (f"sft {MODEL}.lr", 3, "unknown key 'model.lr'; keys of SFTModule are network, loss, neftune_alpha, sampling"),
     (f"sft {MODEL}.network.nam", 3, "unknown key 'model.network.nam', did you mean 'name'?; keys of Network are"),
     (f"sft {MODEL}.network.lora.rank", 3, "unknown key 'model.network.lora.rank'; keys of Lora are r, alpha"),
     (f"sft {MODEL}.optimizer.init_args.lrr", 3, "unknown key 'model.optimizer.lrr', did you mean 'lr'?; keys of A"),
@@ -153,7 +153,7 @@ IN_FILES = [
     (f"sft {DATA}.train", [{"path": "nofile.json"}], "no file matches 'nofile.json'"),
     (f"sft {DATA}.train", [{"path": "${NO_SUCH}/x"}], "path '${NO_SUCH}/x' needs the environment variable NO_SUCH, "),
     (f"sft {MODEL}.network.name", "nofolder", "cannot load 'nofolder' (neither a usable folder nor a name on the hub)"),
-    ("sft ckpt_path", "no.ckpt", "Checkpoint file not found: no.ckpt"),
+    ("sft ckpt_path", "no.ckpt", "no checkpoint no.ckpt; there is no other one beside it"),
 ]
 
 
@@ -166,7 +166,7 @@ def test_a_mistake_in_a_file(written: Write, tmp_path: Path, key: str, value: An
 
 ARGUMENTS = [
     (["--modle.x=3"], "unknown key 'modle.x', did you mean 'model'?; keys are seed_everything, "),
-    (["--model.lr=3"], "unknown key 'model.lr'; keys of SFTModule are network, sampling, "),
+    (["--model.lr=3"], "unknown key 'model.lr'; keys of SFTModule are network, loss, "),
     (["--model.optimizer.lrr=1"], "unknown key 'model.optimizer.lrr', did you mean 'lr'?; keys of AdamW are lr"),
     (["--model.optimizer.lr=fast"], "model.optimizer.lr: expected float, got fast"),
     (["--model=SFTModul"], "model: no class or function 'SFTModul', did you mean 'SFTModule'?; known here are DPOMod"),

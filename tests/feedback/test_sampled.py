@@ -187,7 +187,7 @@ class Strange(Reward):
 def test_a_score_that_is_no_number(model: str, tmp_path: Path, value: float) -> None:
     """Found among the others of its batch."""
     file = write(tmp_path / "completions.jsonl", [done("a", "bb"), done("a", "x"), done("ccc", "a")])
-    problem = rf"completions.jsonl, row 2: Strange returned {value} for 1 completions, the first to .*say 1"
+    problem = rf"completions.jsonl, row 2: Strange returned {value} for 1 of 2 completions; the prompts: 'say 1'"
     with pytest.raises(BadRow, match=problem) as caught:
         BestOfN(file, Strange(value), model).run(tmp_path / "out")
     assert "\n" not in str(caught.value)
