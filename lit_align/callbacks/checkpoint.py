@@ -53,8 +53,9 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save where no validation will."""
         loop = trainer.fit_loop
-        if self.monitor is None and loop.epoch_loop._should_check_val_fx(loop._data_fetcher):  # type: ignore[arg-type]
-            # A run that goes on from before a validation would not catch up on it.
+        # A run that goes on from before a validation would not catch up on it.
+        validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+        if self.monitor is None and validates:
             every = self._every_n_train_steps
             due = every > 0 and trainer.global_step % every == 0
             self._defer_save_until_validation |= due and not self._should_skip_saving_checkpoint(trainer)
@@ -65,7 +66,8 @@ class RunCheckpoint(ModelCheckpoint):
         due = trainer.is_last_batch and self._every_n_epochs > 0 and epoch % self._every_n_epochs == 0
         if due and not sum(trainer.num_val_batches):
             self._save(trainer)
-        self._leave_if_asked(trainer)
+        if not validates:
+            self._leave_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""

@@ -59,9 +59,10 @@ class LossBySource(Metric):
     def update(self, logps_S: Tensor, batch: PackedBatch) -> None:
         """Add a batch that says where its examples come from."""
         example_S = batch.example_Q[batch.sequence_S]
-        zeros_E = torch.zeros(batch.num_examples, device=logps_S.device)
-        self.losses.append(zeros_E.index_add(0, example_S, -logps_S.float()))
-        self.tokens.append(zeros_E.index_add(0, example_S, torch.ones_like(logps_S, dtype=torch.float)))
+        loss_S = -logps_S.float()
+        zeros_E = loss_S.new_zeros(batch.num_examples)  # not torch.zeros: the default type may be another
+        self.losses.append(zeros_E.index_add(0, example_S, loss_S))
+        self.tokens.append(zeros_E.index_add(0, example_S, torch.ones_like(loss_S)))
         self.sources.append(batch.origin_E)
 
     def compute(self) -> dict[int, Tensor]:

@@ -14,7 +14,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from support.configs import config
 from support.parsers import only
+from support.runs import build
 
+from lit_align.callbacks.checkpoint import RunCheckpoint
 from lit_align.callbacks.preemption import Preempted
 from lit_align.cli import main, requeued_folder
 
@@ -68,3 +70,17 @@ def test_asked_to_stop_it_saves_after_the_accumulation(
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         assert requeued_folder(tmp_path / "run") == tmp_path / "run"
         assert requeued_folder(tmp_path / "other") is None
+
+
+# Kills: leaving before the validation that is due, which a resumed run would not catch up on.
+def test_a_validation_that_is_due_comes_first(parts: tuple[str, Path], tmp_path: Path) -> None:
+    module, data = build("sft", *parts, val_fraction=0.25, batch_size=2)
+    best = RunCheckpoint(dirpath=tmp_path / "checkpoints", monitor="val/loss", save_top_k=-1, filename="{step}")
+    trainer = Trainer(
+        max_steps=9, val_check_interval=1, accelerator="cpu", precision="64-true", logger=False, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Signal(), best],
+    )  # fmt: skip
+    with pytest.raises(Preempted):
+        trainer.fit(module, data)
+    assert trainer.global_step == 3
+    assert any(path.name.startswith("step=3") for path in (tmp_path / "checkpoints").iterdir())
