@@ -65,7 +65,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         if not Path(path).exists():
-            raise FileNotFoundError(f"no checkpoint {path}{_others(Path(path))}")
+            raise FileNotFoundError(f"Checkpoint file not found: {path}{_others(Path(path))}")
         try:
             # torch reads numbers without looking at their checksums: a flipped bit would be trained on.
             if broken := _broken_record(Path(path)):

@@ -44,7 +44,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save([1], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="no checkpoint of a run: it holds list"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "list.ckpt")
-    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="Checkpoint file not found"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "none.ckpt")
 
 
