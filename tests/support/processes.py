@@ -31,7 +31,7 @@ def torchrun(processes: str, *command: str, **environment: str) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, *command]
     paths = f"{Path(__file__).parents[1]}:{os.environ.get('PYTHONPATH', '')}"
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(start, env=variables, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(start, env=variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
 
 
