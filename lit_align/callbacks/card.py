@@ -42,7 +42,8 @@ class Ancestor(NamedTuple):
 def model_card(trainer: Trainer, module: LightningModule, run: Path | None, title: str) -> str:
     """README.md of an exported model: method, data, metrics at the end, lineage, versions and configuration.
 
-    It holds no time and no place, so that a run that was interrupted leaves the card of one that was not.
+    It says neither when nor into which folder it was written, nor that the run was resumed: a run that was interrupted
+    leaves the card of one that was not.
 
     Args:
         trainer: at the end of fitting.

@@ -88,7 +88,7 @@ def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: 
         coefficient: price of a nat of KL now.
         kl: mean KL of a sequence in the last rollout, in nats.
         target: KL wanted, in nats; above 0.
-        horizon: episodes over which an error of 100 % would double the price.
+        horizon: episodes over which the largest error that counts, 20 %, moves the price by 20 %.
         episodes: how many episodes the last rollout had.
 
     Returns:
