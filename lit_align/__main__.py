@@ -13,7 +13,8 @@ def entry() -> int:
     except (ValueError, OSError, MemoryError) as error:
         if os.environ.get("LIT_ALIGN_DEBUG"):
             raise
-        print(f"lit-align: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"lit-align: {' '.join(said.split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

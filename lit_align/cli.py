@@ -156,14 +156,16 @@ def free_folder(folder: Path) -> Path:
 
 
 def requeued_folder(folder: Path) -> Path | None:
-    """The folder in which this job of SLURM's began, if SLURM has started it again; it may have a number."""
+    """The folder in which this job of SLURM's began, if SLURM has started it again: this one, or one of its numbers."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
         return None
-    for manifest in folder.parent.glob(f"{folder.name}*/manifest.json"):
-        if json.loads(manifest.read_text()).get("slurm_job") == job:
-            return manifest.parent
-    return None
+    numbers = {}
+    for manifest in folder.parent.glob("*/manifest.json"):
+        named = re.fullmatch(re.escape(folder.name) + r"(?:-(\d+))?", manifest.parent.name)
+        if named and json.loads(manifest.read_text()).get("slurm_job") == job:
+            numbers[int(named[1] or 1)] = manifest.parent
+    return numbers[max(numbers)] if numbers else None
 
 
 def _parents(config: Any) -> list[str]:

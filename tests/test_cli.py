@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_align import __version__
 from lit_align.__main__ import entry
 from lit_align.callbacks.manifest import model_hash
-from lit_align.cli import _parents, free_folder, main, resumed_folder
+from lit_align.cli import _parents, free_folder, main, requeued_folder, resumed_folder
 
 LEFT = {"config.yaml", "metrics.csv", "manifest.json", "checkpoints", "model"}
 
@@ -334,6 +334,18 @@ def test_what_the_user_can_mend_ends_in_one_line_on_standard_error(tmp_path: Pat
     assert ended.stderr.count("\n") == 1
 
 
+# Kills: the notes left out.
+def test_what_is_noted_of_an_error_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def fails(*_: Any) -> None:
+        error = ValueError("no number")
+        error.add_note("the prompts:\n'say a'")
+        raise error
+
+    monkeypatch.setattr("lit_align.cli.main", fails)
+    assert entry() == 1
+    assert capsys.readouterr().err == "lit-align: no number; the prompts: 'say a'\n"
+
+
 def test_the_traceback_is_there_for_who_asks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["lit-align", "train"])
     assert entry() == 1
@@ -374,3 +386,22 @@ def test_a_checkpoint_is_resumed_in_its_own_run(tmp_path: Path) -> None:
     (tmp_path / "run-2" / "config.yaml").touch()
     assert folder(checkpoint) == tmp_path / "run-2"
     assert folder("last") == tmp_path / "given"
+
+
+# Kills: the run of another name; another job's; an earlier number.
+def test_a_requeued_job_finds_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def began(name: str, job: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"slurm_job": job}))
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for name, job in [("run-large", "7"), ("run-2-old", "7"), ("run2", "7"), ("run", "6"), ("run-11", "6")]:
+        began(name, job)
+    assert requeued_folder(tmp_path / "run") is None
+    for name in ("run-2", "run-10", "run-9"):
+        began(name, "7")
+    assert requeued_folder(tmp_path / "run") == tmp_path / "run-10"
+    assert requeued_folder(tmp_path / "nowhere" / "run") is None
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert requeued_folder(tmp_path / "run") is None

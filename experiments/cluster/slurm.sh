@@ -9,14 +9,11 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=USR1@300
 #SBATCH --output=%x-%j.out
 set -euo pipefail
 
-# The signal reaches this shell alone (B:), five minutes before the end. Lightning has an answer to it of its own, which
-# saves in the middle of a step; what RunCheckpoint saved between steps is what a run can be taken up from exactly.
-trap 'scontrol requeue "$SLURM_JOB_ID"; exit 0' USR1
-
+# The signal reaches every process of the step, five minutes before the end: RunCheckpoint saves after the batch that they
+# are in, and has the job queued again.
 srun --kill-on-bad-exit=1 lit-align fit "$@" \
-  --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --ckpt_path last &
-wait $!
+  --trainer.num_nodes "$SLURM_JOB_NUM_NODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --ckpt_path last

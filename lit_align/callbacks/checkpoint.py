@@ -96,7 +96,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, last)
         if trainer.training:  # and not in a validation
             trainer._logger_connector.update_train_step_metrics()
-        self._stop.leave(trainer, last)
+        self._stop.leave(trainer, last if self.save_last else self._last_checkpoint_saved)
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         return _pending(trainer) or super()._should_skip_saving_checkpoint(trainer)

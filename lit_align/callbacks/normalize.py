@@ -36,7 +36,7 @@ class NormalizeReward(Callback):
         """Read the answers now: what is wrong with them should not come out when training is over.
 
         Raises:
-            ValueError: there is no reward model, no text, or fewer than two answers.
+            ValueError: there is no reward model, no text, fewer than two answers, or fewer prompts than processes.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(pl_module, RewardModule) or not isinstance(data, TextDataModule):
@@ -58,6 +58,7 @@ class NormalizeReward(Callback):
         count = sum(len(item.example.branches) for item in some)
         if count < 2:
             raise ValueError(f"NormalizeReward needs two answers at least, and its sources hold {count}")
+        self.answers.val_dataloader()  # refuses fewer prompts than there are processes
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -64,6 +64,7 @@ class StopRequest:
         rank_zero_info(f"asked to stop: optimizer step {step} is in {saved}; go on with --ckpt_path last")
         if trainer.is_global_zero and self.received is not None and self.received == self.requeue_signal:
             _requeue()
+        trainer.strategy.barrier()  # srun ends all processes with the first that leaves
         raise Preempted
 
 

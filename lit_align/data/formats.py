@@ -13,6 +13,7 @@ from typing import Any
 from lit_align.data.annotators import ranks_of
 from lit_align.data.rankings import answers, finished_of, grades, rankings, share_of
 from lit_align.data.rows import (
+    KINDS,
     BadField,
     Row,
     answer_of,
@@ -233,12 +234,8 @@ def pair_labels(row: Row) -> list[Row]:
     return [{"prompt": user(question), "completions": answers, "ranks": [max(wins) - w for w in wins]}]
 
 
-# Columns that would make a bare prompt another kind of row.
-_OTHER_KINDS = ("messages", "completion", "text", "completions", "ranks", "margins", "finished")
-
-
 def _bare(row: Row, prompt: str | Messages) -> list[Row]:
-    return [{**{name: value for name, value in row.items() if name not in _OTHER_KINDS}, "prompt": prompt}]
+    return [{**{name: value for name, value in row.items() if name not in KINDS}, "prompt": prompt}]
 
 
 def prompts(row: Row) -> list[Row]:

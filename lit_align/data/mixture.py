@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lit_align.data.order import Order, Ref, apportion, check_weights
+from lit_align.data.order import Order, Ref, check_weights
 from lit_align.data.source import Source, labels
 
 
@@ -29,8 +29,9 @@ class PhasedOrder(Order):
     """An endless stream of examples from several sources, a mixture for each phase; see `Order`.
 
     A phase is made in blocks of as many examples as the sources have together; its last may be shorter. Of a block
-    every source gets its share, to less than one example, and its examples lie spread out: each in a place of its own,
-    drawn from as many equal stretches. No part of a block is then off by much more than an example a source. A source
+    every source gets its share, to less than one example; what rounding left it short of in one block it is given in a
+    later one. Its examples lie spread out: each in a place of its own, drawn from as many equal stretches. No part of a
+    block is then off by much more than an example a source. A source
     goes through all its items, newly shuffled each time, before one comes again, and goes on where it was in the next
     phase.
 
@@ -46,10 +47,12 @@ class PhasedOrder(Order):
         self.begins = [phase.begin for phase in phases]
         for phase in phases:
             check_weights(phase.weights, [len(items) for items in self.sources])
-        self._drawn = [np.zeros(len(sources), int)]  # of each source, before each phase
+        # Examples of each source: of a phase's first blocks, for each number of them; and before each phase.
+        self._whole = [[np.zeros(len(sources), int)] for _ in phases]
+        self._drawn = [np.zeros(len(sources), int)]
         for p, end in enumerate(self.begins[1:]):
             full, rest = divmod(end - self.begins[p], self.length)
-            self._drawn.append(self._drawn[p] + full * self._quotas(p, self.length) + self._quotas(p, rest))
+            self._drawn.append(self._drawn[p] + self._given(p, full) + self._quotas(p, full, rest))
         self._blocks: dict[tuple[int, int], np.ndarray] = {}  # the last two made
 
     def __getitem__(self, n: int) -> Ref:
@@ -62,13 +65,27 @@ class PhasedOrder(Order):
     def counts(self, phase: int, end: int) -> np.ndarray:
         """Examples of each source in a phase, which ends before example `end`."""
         full, rest = divmod(end - self.begins[phase], self.length)
-        counts = full * self._quotas(phase, self.length)
+        counts = self._given(phase, full)
         if not rest:
             return counts
         return counts + np.bincount(self._block(phase, full)[:rest, 0], minlength=len(self.sources))
 
-    def _quotas(self, phase: int, size: int) -> np.ndarray:
-        return np.array(apportion(self.phases[phase].weights, size))
+    def _given(self, phase: int, blocks: int) -> np.ndarray:
+        """Examples of each source in so many blocks of a phase."""
+        whole = self._whole[phase]
+        while len(whole) <= blocks:
+            whole.append(whole[-1] + self._quotas(phase, len(whole) - 1, self.length))
+        return whole[blocks]
+
+    def _quotas(self, phase: int, block: int, size: int) -> np.ndarray:
+        """Of a block: the whole part of each share, and one more for those that are owed most by then."""
+        weights = np.array(self.phases[phase].weights)
+        shares = weights / weights.sum()
+        quotas = np.floor(shares * size).astype(int)
+        owed = shares * (block * self.length + size) - self._given(phase, block) - quotas
+        owed[shares * size == quotas] = -math.inf  # rounding takes nothing from these
+        quotas[np.argsort(-owed, kind="stable")[: size - quotas.sum()]] += 1
+        return quotas
 
     def _block(self, phase: int, block: int) -> np.ndarray:
         if (phase, block) not in self._blocks:
@@ -79,8 +96,8 @@ class PhasedOrder(Order):
     def _spread(self, phase: int, block: int) -> np.ndarray:
         ends = [*self.begins[1:], math.inf]
         size = int(min(self.length, ends[phase] - self.begins[phase] - block * self.length))
-        quotas = self._quotas(phase, size)
-        starts = self._drawn[phase] + block * self._quotas(phase, self.length)
+        quotas = self._quotas(phase, block, size)
+        starts = self._drawn[phase] + self._given(phase, block)
         rng = np.random.default_rng((self.seed, 0, phase, block))
         places = np.concatenate([(np.arange(quota) + rng.random(quota)) / max(quota, 1) for quota in quotas])
         items = [self._draw(s, int(starts[s]), int(quota)) for s, quota in enumerate(quotas)]

@@ -10,7 +10,7 @@ import torch
 from lit_align.data.base import TextDataModule
 from lit_align.data.fit import fit
 from lit_align.data.instruction import InstructionDataModule, group_of
-from lit_align.data.rows import BadField, Row, Tally
+from lit_align.data.rows import JUDGEMENTS, BadField, Row, Tally
 from lit_align.data.source import Source
 from lit_align.data.store import Item
 from lit_align.types import Example, PromptBatch, Segment
@@ -50,8 +50,7 @@ class PromptDataModule(TextDataModule):
         elif "prompt" not in row:
             raise BadField(next(iter(row)), "has no prompt")
         if "completions" in row:
-            answered = ("completions", "ranks", "margins", "finished", "shares", "scores")
-            row = {name: value for name, value in row.items() if name not in answered}
+            row = {name: value for name, value in row.items() if name not in JUDGEMENTS}
         ids = self._encoder().prompt(row["prompt"])
         example = fit(Example(Segment(ids, [False] * len(ids))), self.max_length, self.truncate, tally, self.bos)
         return [Item(example, [], [], group_of(row["prompt"]), row)]
@@ -76,6 +75,16 @@ class PromptDataModule(TextDataModule):
             self.ptx.batches_per_epoch = len(self.train_dataloader())
             self.ptx.setup(stage)
             self.ptx._training_order()  # none is an error now, not in the middle of the first epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the prompts, and of the text."""
+        return super().state_dict() | ({"ptx": self.ptx.state_dict()} if self.ptx is not None else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; refuse phases that have moved, of the prompts or of the text."""
+        super().load_state_dict(state_dict)
+        if self.ptx is not None:
+            self.ptx.load_state_dict(state_dict.get("ptx", {"batches": 0}))
 
     def _train_batch(self, number: int) -> PromptBatch:
         batch: PromptBatch = super()._train_batch(number)

@@ -23,6 +23,14 @@ from typing import Any
 Row = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 
+# Columns that make a row of the schema more than a prompt to answer.
+KINDS = ("messages", "completion", "text", "completions", "ranks", "margins", "finished")
+# And all that a format reads of answers: beside other answers than those that were judged, it would judge these.
+JUDGEMENTS = (
+    *KINDS, "chosen", "rejected", "rank", "margin", "share", "shares", "score", "scores", "score_chosen",
+    "score_rejected", "label",
+)  # fmt: skip
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lit_align.data.chat import ChatEncoder
 from lit_align.data.files import open_files, read_rows
-from lit_align.data.rows import BadField, BadRow, Row, Tally, list_of, prompt_of, text_of
+from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_of, prompt_of, text_of
 from lit_align.data.source import OnBadRow
 from lit_align.evaluation.policies import device_of
 from lit_align.models import load_tokenizer
@@ -235,13 +235,9 @@ def _tie(k: int, answers: Sequence[str], scores: Sequence[float]) -> bool:
     return any(score == scores[k] and text != answers[k] for text, score in zip(answers, scores, strict=True))
 
 
-# Columns that would make another kind of row of what is written.
-_OTHERS = "completions finished ranks margins margin chosen rejected completion messages text label".split()
-
-
 def _prompt(row: Row) -> Row:
-    """What is written of a prompt's row."""
-    return _without(row, _OTHERS)
+    """What is written of a prompt's row: nothing that was said of other answers."""
+    return _without(row, JUDGEMENTS)
 
 
 def _without(row: Row, names: Sequence[str]) -> Row:

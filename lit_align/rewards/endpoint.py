@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
 import time
 import urllib.error
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from lit_align.rewards.base import Reward, checked, named
 from lit_align.rewards.patience import TryAgain, patiently
 from lit_align.types import Rollout
 
+_UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
+
 
 class EndpointReward(Reward):
     """Scores completions by asking a server, in batches.
@@ -30,7 +34,7 @@ class EndpointReward(Reward):
     The answer is JSON too: `{"scores": [...]}`, or the list alone, one number for each completion in their order.
 
     Args:
-        url: http or https; environment variables are filled in.
+        url: http or https; environment variables are filled in, and messages show it without their values.
         columns: what else to send of the prompts' rows, as in `[reference]`.
         batch_size: completions in a request.
         workers: requests under way at once.
@@ -70,8 +74,17 @@ class EndpointReward(Reward):
 
     def _address(self) -> tuple[str, dict[str, str]]:
         url, headers = expand(self.url), {name: expand(value) for name, value in self.headers.items()}
+        # What http.client has to say of these repeats the value, which may be secret.
+        wrong = f"EndpointReward: {self.url!r} is no address: it"
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"EndpointReward: {url!r} is no address: it must begin with http:// or https://")
+            raise ValueError(f"{wrong} must begin with http:// or https://")
+        if "@" in urlsplit(url).netloc:
+            raise ValueError(f"{wrong} holds a user or a password: send them in headers")
+        if _UNPRINTABLE.search(url):
+            raise ValueError(f"{wrong} holds white space once its variables are filled in")
+        for name, value in headers.items():
+            if "\n" in value or "\r" in value:
+                raise ValueError(f"EndpointReward: the header {name} has a line's end in it: {self.headers[name]!r}")
         return url, headers
 
     def forward(self, rollout: Rollout) -> Tensor:
@@ -94,7 +107,7 @@ class EndpointReward(Reward):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _scores(self, rollout: Rollout, url: str, headers: dict[str, str], stop: threading.Event) -> Tensor:
-        name, prompts = f"the reward at {url}", f"the prompts: {named(rollout.rows)}"
+        name, prompts = f"the reward at {self.url}", f"the prompts: {named(rollout.rows)}"
         body = json.dumps(self._asked(rollout), default=str).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
         try:
@@ -157,8 +170,8 @@ def post(request: urllib.request.Request, timeout: float) -> bytes:
     except urllib.error.HTTPError as error:
         with error:
             said = f"status {error.code} ({error.reason})"
-            if error.headers.get("Location"):
-                raise Refused(f"{said}, which moves it to {error.headers['Location']}: give that as url") from error
+            if moved := error.headers.get("Location"):
+                raise Refused(f"{said}, which moves it to {moved.split('?')[0]}: give that as url") from error
             if error.code not in (408, 429) and error.code < 500:
                 raise Refused(f"{said}: {_beginning(error)!r}") from error
             raise TryAgain(said, _seconds(error.headers.get("Retry-After"))) from error

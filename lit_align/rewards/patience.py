@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_prefixed_message, rank_zero_only
 
 T = TypeVar("T")
 LONGEST_PAUSE = 60.0
+_LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # where the other lines of a run go
 
 
 class TryAgain(Exception):
@@ -50,7 +52,9 @@ def patiently(call: Callable[[], T], what: str, retries: int, pause: float, stop
                 raise TryAgain(f"{what} gave no answer{tried}: {problem}") from problem
             wait = pause * 2 ** (attempt - 1) if problem.after is None else problem.after
             wait, attempt = min(wait, LONGEST_PAUSE), attempt + 1
-            rank_zero_info(f"{what}: {problem}; attempt {attempt} of {retries + 1} in {wait:g} s")
+            said = f"{what}: {problem}; attempt {attempt} of {retries + 1} in {wait:g} s"
+            # Of every process: each asks for answers of its own, and all wait for the slowest.
+            _LOG.info(rank_prefixed_message(said, getattr(rank_zero_only, "rank", 0) or None))
             stop.wait(wait)
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from support.configs import config
 from support.parsers import only
 
+from lit_align.callbacks import RunCheckpoint
 from lit_align.cli import main
 
 
@@ -117,3 +124,52 @@ def test_the_last_is_the_last_however_many_are_kept(command: Callable[..., None]
     command("sft", "run", "--checkpoint.save_top_k=-1", f"--ckpt_path={last}")
     assert step(tmp_path / "run") == 12
     assert len(list(last.parent.iterdir())) == 3 + 1
+
+
+class _Ask(Callback):
+    """Sends this process a signal in the middle of training."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            os.kill(os.getpid(), self.number)
+
+
+# Kills: last.ckpt named where there is none; the handler of Lightning; no exit status.
+@pytest.mark.parametrize("save_last", [False, "link", True])
+def test_who_is_asked_to_stop_says_where_the_run_is(
+    fit: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, save_last: Any
+) -> None:
+    keep = RunCheckpoint(dirpath=tmp_path / "kept", save_last=save_last)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit) as ended:
+        fit(keep, _Ask(signal.SIGTERM), enable_checkpointing=True)
+    assert ended.value.code == 128 + signal.SIGTERM
+    (said,) = re.findall(r"optimizer step 2 is in (\S+); go on", caplog.text)
+    assert torch.load(said, weights_only=True)["global_step"] == 2
+    assert (Path(said).name == "last.ckpt") == bool(save_last)
+
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/asked"
+"""
+
+
+# Kills: no requeue; before it is saved.
+def test_slurms_signal_has_the_job_queued_again(
+    fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "scontrol").write_text(SCONTROL)
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    for name, value in {"JOB_ID": "7", "JOB_NAME": "a", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(SystemExit):
+        fit(
+            RunCheckpoint(dirpath=tmp_path / "kept", save_last="link"), _Ask(signal.SIGUSR1),
+            enable_checkpointing=True, plugins=[SLURMEnvironment()],
+        )  # fmt: skip
+    assert (tmp_path / "bin" / "asked").read_text() == "requeue 7\n"
+    assert torch.load(tmp_path / "kept" / "last.ckpt", weights_only=True)["global_step"] == 2

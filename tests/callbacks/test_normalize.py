@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,3 +93,13 @@ def test_what_cannot_be_normalised_on_is_said_before_training(parts: tuple[str, 
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, callbacks=[NormalizeReward(demos)])
     with pytest.raises(ValueError, match="not with SFTModule and InstructionDataModule"):
         trainer.fit(SFTModule(Network(parts[0])), InstructionDataModule(parts[0], demos, val_fraction=0.0))
+
+
+# Kills: found out when training is over.
+def test_too_few_prompts_for_the_processes(parts: tuple[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
+    data = PreferenceDataModule(parts[0], [], cache_dir="none")
+    trainer: Any = SimpleNamespace(datamodule=data, world_size=4, global_rank=0, state=SimpleNamespace(fn="fit"))
+    module = RewardModule(Network(parts[0]))
+    with pytest.raises(ValueError, match="3 examples to evaluate are too few for 4 processes"):
+        NormalizeReward([Source(str(tmp_path / "answers.json"), format="answers")]).on_fit_start(trainer, module)

@@ -35,11 +35,25 @@ def test_every_phase_has_its_mixture() -> None:
     refs = stream(order(), 200)
     assert shown(refs[:30]) == [30, 0]
     assert shown(refs[30:37]) in ([4, 3], [3, 4])
-    # Blocks of 13 examples, 3.25 and 9.75 of each.
-    assert [shown(refs[start : start + 13]) for start in range(37, 180, 13)] == [[3, 10]] * 11
+    # Blocks of 13 examples, 3.25 and 9.75 of each: what rounding takes in three of them comes with the other.
+    blocks = [shown(refs[start : start + 13]) for start in range(37, 180, 13)]
+    assert blocks == ([[3, 10], [4, 9], [3, 10], [3, 10]] * 3)[:11]
     assert [order().counts(p, end).tolist() for p, end in ((0, 30), (1, 37), (2, 50), (2, 100))] == [
         shown(refs[:30]), shown(refs[30:37]), shown(refs[37:50]), shown(refs[37:100]),
     ]  # fmt: skip
+
+
+# Kills: the same rounding in every block.
+def test_a_small_share_comes_in_its_turn() -> None:
+    made = PhasedOrder(
+        [range(6), range(100, 103), range(200, 201)], [Phase(0, [97.0, 2.0, 1.0]), Phase(1005, [1] * 3)], 0
+    )
+    assert made.counts(0, 1000).tolist() == [970, 20, 10]
+    refs = stream(made, 1005)
+    assert [sum(source == s for source, _ in refs[:1000]) for s in range(3)] == [970, 20, 10]
+    for source in range(3):  # each of its items in turn, over blocks and phases
+        drawn = [item for s, item in stream(made, 1100) if s == source]
+        assert drawn == made._draw(source, 0, len(drawn)).tolist()
 
 
 WEIGHTS = st.lists(st.integers(0, 5), min_size=3, max_size=3).filter(any)
@@ -207,9 +221,19 @@ def test_two_processes_see_the_phases_at_the_same_step(prompts) -> None:
 
 def test_the_text_of_ppo_ptx_keeps_the_pace_of_the_prompts(prompts, write, tokenizer_folder: str) -> None:
     texts = [Source(write(f"{n}.jsonl", [{"text": n}] * 9), weight=w) for n, w in (("x", [(0, 1)]), ("y", [(0.5, 1)]))]
-    ptx = InstructionDataModule(tokenizer_folder, texts, batch_size=2, val_fraction=0.0)
-    prompts(run(max_epochs=3), weights=[None, None], ptx=ptx)
-    assert ptx._order.begins == [0, 12]  # 3 epochs of 4 batches: from the sixth on
+
+    def made(epochs: int) -> PromptDataModule:
+        ptx = InstructionDataModule(tokenizer_folder, texts, batch_size=2, val_fraction=0.0)
+        return prompts(run(max_epochs=epochs), weights=[None, None], ptx=ptx)
+
+    data = made(3)
+    assert data.ptx._order.begins == [0, 12]  # 3 epochs of 4 batches: from the sixth on
+    state = json.loads(json.dumps(data.state_dict()))
+    made(3).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"began at examples \[0, 12\] and now would at \[0, 20\]: leave the length"):
+        made(5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"began at examples \[\] and now would at \[0, 12\]"):
+        made(3).load_state_dict({"batches": 3})
 
 
 @pytest.mark.parametrize("weight", [[], [(0.5, 1.0), (0.5, 2.0)], [(5, 1.0), (0.5, 2.0)], [(-1, 1.0)]])

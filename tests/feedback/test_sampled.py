@@ -134,6 +134,19 @@ def test_best_and_worst(model: str, tmp_path: Path) -> None:
     assert rejected.tokens[-1] in stop
 
 
+# Kills: any of the columns written beside the pair; all of them.
+def test_what_was_said_of_other_answers_is_not_written(model: str, tmp_path: Path) -> None:
+    said = {"share": 0.1, "score_chosen": 1.0, "score_rejected": 5.0, "rank": 1, "score": 2.0, "instruction": "Say it."}
+    file = write(tmp_path / "completions.jsonl", [done("1 a", "3 b")], **said)
+    BestWorstPairs(file, FunctionReward(scores), model).run(tmp_path)
+    (row,) = read(tmp_path / "pairs.jsonl")
+    assert set(row) == {"prompt", "instruction", "chosen", "rejected", "margin", "finished"}
+    ((_, pair),) = Source(str(tmp_path / "pairs.jsonl")).read("error", _tally())
+    assert pair["completions"] == ["3 b", "1 a"]
+    assert pair["ranks"] == [0.0, 1.0]
+    assert "scores" not in pair
+
+
 def _tally() -> Any:
     from lit_align.data.rows import Tally
 

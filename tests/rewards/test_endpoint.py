@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_align import EndpointReward, Reward
 from lit_align.types import Completion, Rollout
@@ -269,3 +270,50 @@ def test_a_configuration_reaches_it_by_class_path() -> None:
     told = {"reward": {"class_path": "lit_align.EndpointReward", "init_args": options}}
     reward = parser.instantiate(parser.parse_object(told)).reward
     assert reward.headers == {"Authorization": "Bearer ${TOKEN}"}
+
+
+# Kills: the filled-in address in a message, or in the line of a retry; what follows the ? of where it moved.
+def test_no_message_shows_a_secret(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KEY", "s3cret")
+    moved = answer("", 302, Location="http://127.0.0.1:9/other?key=s3cret")
+    for number, said_by_server in enumerate([answer("", 500), answer([1.0]), answer("no", 400), moved]):
+        server.script = lambda _, asked, said_by_server=said_by_server: said_by_server  # type: ignore[misc]
+        with caplog.at_level("INFO"), pytest.raises((ValueError, ConnectionError)) as caught:
+            EndpointReward(server.url + "?key=${KEY}", retries=1, pause=0.0)(ANSWERS)
+        assert "?key=${KEY}" in str(caught.value), number
+        assert "s3cret" not in str(caught.value) + caplog.text, number
+    assert "attempt 2 of 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "message"),
+    [
+        ("s3cret", {"url": "http://me:${KEY}@host/score"}, "holds a user or a password: send them in headers"),
+        ("s3cret\n", {"url": "http://host/score?key=${KEY}"}, "holds white space once its variables are filled in"),
+        ("s3cret\n", {"url": "http://host", "headers": {"X-Key": "${KEY}"}}, "header X-Key has a line's end in it"),
+        ("s3cret", {"url": "${KEY}"}, "must begin with http"),
+    ],
+)
+def test_a_secret_that_makes_no_request(
+    monkeypatch: pytest.MonkeyPatch, value: str, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setenv("KEY", value)
+    with pytest.raises(ValueError, match=message) as caught:
+        EndpointReward(**options)(ANSWERS)
+    assert "s3cret" not in str(caught.value)
+
+
+# Kills: the lines of the first process alone.
+def test_every_process_says_that_it_tries_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for rank, begin in ((0, "the reward at"), (1, "[rank: 1] the reward at")):
+        monkeypatch.setattr(rank_zero_only, "rank", rank)
+        server.asked.clear()
+        server.script = until(2, answer("", 500))
+        with caplog.at_level("INFO"):
+            EndpointReward(server.url, retries=1, pause=0.0)(ANSWERS)
+        assert [record.getMessage().startswith(begin) for record in caplog.records] == [True]
+        caplog.clear()
