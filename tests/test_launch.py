@@ -12,6 +12,7 @@ import pandas
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 from support.configs import config
 from support.processes import torchrun
@@ -91,6 +92,23 @@ def test_in_slices_a_run_is_resumed_to_the_bit(place: tuple[str, Path]) -> None:
     assert_same(outcome, left(place[1] / "broken"), 0.0)
     main(["fit", "-c", written(place, "reward", "one", 1, lora=True, val_check_interval=2)])
     assert_same(left(place[1] / "one"), outcome, TOLERANCE)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_gathered_from_its_slices(place: tuple[str, Path]) -> None:
+    weights = []
+    for devices, more in ((1, {}), (2, {"strategy": "fsdp2"})):
+        path = Path(written(place, "reward", f"adapter{devices}", devices, lora=True, **more))
+        content = yaml.safe_load(path.read_text())
+        content["model"]["init_args"]["network"]["lora"]["export"] = "adapter"
+        path.write_text(yaml.safe_dump(content))
+        torchrun(str(devices), "-m", "lit_align", "fit", "-c", str(path))
+        file = place[1] / path.stem / "model" / "adapter_model.safetensors"
+        with safe_open(file, "pt") as opened:
+            weights.append((leaves(load_file(file)), opened.metadata()))
+    assert any(name.endswith("score.weight") for name in weights[0][0])
+    assert_same(weights[0][0], weights[1][0], TOLERANCE)
+    assert weights[0][1]["frozen_float64"] == weights[1][1]["frozen_float64"]
 
 
 SRUN = """#!/bin/sh

@@ -56,6 +56,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read.
 
+        Args:
+            path: the file.
+            map_location: as for torch.load; cpu maps the file, so that processes of one machine share its pages.
+            weights_only: as for torch.load, and on unless it is off.
+
         Raises:
             FileNotFoundError: no such file.
             ValueError: damaged, not a checkpoint, or one that holds more than tensors and plain values.
@@ -70,7 +75,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             # torch reads numbers without looking at their checksums: a flipped bit would be trained on.
             if broken := _broken_record(Path(path)):
                 raise zipfile.BadZipFile(f"{broken} does not match its checksum")
-            checkpoint = torch.load(path, map_location=map_location, weights_only=weights_only)
+            checkpoint = torch.load(
+                path, map_location=map_location, weights_only=weights_only, mmap=map_location == "cpu"
+            )
         except _DAMAGED as error:
             if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
                 raise ValueError(

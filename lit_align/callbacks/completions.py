@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_align.callbacks.ema import averaged
 from lit_align.data.chat import ChatEncoder
 from lit_align.modules.sharded import check_strategy
 from lit_align.types import PromptBatch
@@ -19,7 +20,8 @@ FILE = "said.jsonl"
 class CompletionsTable(Callback):
     """Samples answers to `prompts`; to `said.jsonl` in the run's folder, and as a table where a logger takes them.
 
-    With the module's own `sampling`, and with the same seed every time: what changes is the model.
+    With the module's own `sampling`, and with the same seed every time: what changes is the model. Where a `WeightEMA`
+    averages the weights, it is the average that answers.
 
     Args:
         prompts: what a user says.
@@ -50,7 +52,8 @@ class CompletionsTable(Callback):
         encoder = ChatEncoder(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
         rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in self.prompts]
         tokens = [torch.tensor(encoder.prompt(row["prompt"])) for row in rows]
-        rollout = module.answer(PromptBatch(tokens, rows), module.sampling, self.seed)
+        with averaged(trainer, pl_module):
+            rollout = module.answer(PromptBatch(tokens, rows), module.sampling, self.seed)
         if not trainer.is_global_zero:
             return
         # The step that Lightning writes beside metrics; global_step counts PPO's several to a batch.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+
+from lit_align.modules.sharded import FSDP2Strategy
 
 
 class WeightEMA(Callback):
@@ -36,6 +39,15 @@ class WeightEMA(Callback):
         self.average: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}  # kept while the average is in their place
         self._hooks: list[Any] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the strategy.
+
+        Raises:
+            ValueError: it keeps the weights in slices, of which a checkpoint would hold the first process's alone.
+        """
+        if stage == "fit" and isinstance(trainer.strategy, FSDP2Strategy):
+            raise ValueError("WeightEMA averages whole weights, and fsdp2 slices them: use ddp, or take WeightEMA out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the weights as they are, or go on; and watch the optimizers.
@@ -108,6 +120,14 @@ class WeightEMA(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.steps, self.average = state_dict["steps"], state_dict["average"]
+
+
+def averaged(trainer: Trainer, module: LightningModule) -> AbstractContextManager[None]:
+    """What the run leaves behind in the place of what it trains: the average of a `WeightEMA`, where there is one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightEMA):
+            return callback.applied(module)
+    return contextlib.nullcontext()
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.callbacks.card import model_card
-from lit_align.callbacks.ema import WeightEMA
+from lit_align.callbacks.ema import averaged
 from lit_align.models.export import export
 from lit_align.models.sharding import is_sharded
 
@@ -40,8 +39,7 @@ class HFExport(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = getattr(datamodule, "tokenizer", None) or getattr(pl_module, "tokenizer", None)
         lora = getattr(getattr(pl_module, "network", None), "lora", None)
-        averages = [c.applied(pl_module) for c in trainer.callbacks if isinstance(c, WeightEMA)]  # type: ignore[attr-defined]
-        with averages[0] if averages else contextlib.nullcontext():
+        with averaged(trainer, pl_module):
             export(
                 exported(),
                 tokenizer,

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_align.callbacks.ema import averaged
 from lit_align.data.answers import AnswerDataModule
 from lit_align.data.base import TextDataModule
 from lit_align.data.source import Source
@@ -62,10 +63,10 @@ class NormalizeReward(Callback):
 
     @torch.no_grad()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Score them, each process its share."""
+        """Score them, each process its share, by the weights that are exported."""
         assert isinstance(pl_module, RewardModule)
         scorer = pl_module.scorer.eval()
-        with trainer.precision_plugin.forward_context():
+        with averaged(trainer, pl_module), trainer.precision_plugin.forward_context():
             batches = (trainer.strategy.batch_to_device(batch) for batch in self.answers.val_dataloader())
             scores = torch.cat([scorer(batch) for batch in batches])
         mean, variance = pl_module.moments_over_ranks(scores)

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.models.load import _quiet
 from lit_align.models.lora import has_lora, merged_state_dict
-from lit_align.models.roles import save_adapter
+from lit_align.models.roles import adapter_file, save_adapter
 from lit_align.models.sharding import is_sharded
 
 
@@ -43,8 +44,10 @@ def export(
         OSError: the folder cannot be written, the disk being full for one; an earlier export is left as it was.
     """
     folder, sliced = Path(folder), is_sharded(model)
-    state = merged_state_dict(model) if sliced or (has_lora(model) and not adapter) else None
-    if sliced and not state:
+    # Of slices, every process gives its own; the first writes.
+    file = adapter_file(model) if adapter else None
+    state = merged_state_dict(model) if not adapter and (sliced or has_lora(model)) else None
+    if sliced and torch.distributed.get_rank():
         return folder
     for left in [*folder.parent.glob(f".{folder.name}.partial-*"), *folder.parent.glob(f".{folder.name}.old-*")]:
         shutil.rmtree(left, ignore_errors=True)
@@ -54,7 +57,7 @@ def export(
             _mend_generation_config(model, tokenizer, stop_ids)
         with _quiet():
             if adapter:
-                save_adapter(model, partial)
+                save_adapter(model, partial, file)
             else:
                 _save_whole(model, state, partial)
             if tokenizer is not None:

@@ -77,6 +77,8 @@ def device_of(name: str) -> torch.device:
 
 
 def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
+    if network.shared:
+        raise ValueError(f"{network.name}: network.shared is for the value and the rewards of PPO: leave it out here")
     dtype = getattr(torch, network.dtype)
     remote = {"trust_remote_code": network.trust_remote_code}
     if Path(network.name, "adapter_config.json").exists() and not Path(network.name, "config.json").exists():

@@ -105,6 +105,18 @@ def _using(model: nn.Module, names: list[str] | None) -> Iterator[None]:
             layer._disable_adapters, layer._active_adapter = off, active
 
 
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """A model in training that is asked as one that is not."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def same_adapters(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
     """For activation checkpointing: what is computed again in backward has the adapters that it had the first time.
 

@@ -6,6 +6,7 @@ they come from the folder that RewardModule leaves with `lora: {export: adapter}
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -19,9 +20,20 @@ from transformers import PreTrainedModel
 
 from lit_align.models.language import LanguageModel
 from lit_align.models.load import load_scorer
-from lit_align.models.lora import ADAPTER, adapter_on, adapter_parameters, add_adapter, add_lora, has_lora
+from lit_align.models.lora import (
+    ADAPTER,
+    adapter_on,
+    adapter_parameters,
+    adapter_role,
+    add_adapter,
+    add_lora,
+    has_lora,
+    without_dropout,
+)
 from lit_align.models.network import Network
+from lit_align.models.reference import fingerprint
 from lit_align.models.scalar import ScalarModel, Scorer, normalization
+from lit_align.models.sharding import whole
 from lit_align.models.trees import Read
 from lit_align.types import PackedBatch
 
@@ -40,7 +52,7 @@ class ScalarAdapter(Scorer):
         trained: whether they are.
 
     Raises:
-        ValueError: the policy has no adapters, or the folder holds none for this policy.
+        ValueError: the policy has no adapters, or the folder holds none for its frozen weights.
     """
 
     def __init__(self, policy: LanguageModel, network: Network, role: str, trained: bool = False) -> None:
@@ -49,11 +61,11 @@ class ScalarAdapter(Scorer):
         if not has_lora(policy):
             raise ValueError(f"{role}: shared means adapters on the policy's frozen weights: train it by network.lora")
         # In a tuple it is no child: its weights are the policy's to move, to save and to count.
-        self.owner, self.role = (policy,), role
+        self.owner, self.role, self.trained = (policy,), role, trained
         self.linear = nn.Linear(hf.config.get_text_config().hidden_size, 1, bias=False, dtype=hf.dtype)
         if Path(network.name, CONFIG).exists():
             self._load(hf, Path(network.name))
-        elif network.name == hf.name_or_path and network.lora is not None:
+        elif _same_place(network.name, hf.name_or_path) and network.lora is not None:
             add_lora(hf, network.lora, role)
             nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(self.linear.in_features + 1))
         else:
@@ -67,21 +79,34 @@ class ScalarAdapter(Scorer):
 
     def _load(self, hf: PreTrainedModel, folder: Path) -> None:
         config = LoraConfig.from_pretrained(str(folder))
-        if config.base_model_name_or_path != hf.name_or_path:
-            raise ValueError(
-                f"{self.role}: the adapter in {folder} is one of {config.base_model_name_or_path!r}, and the policy is "
-                f"{hf.name_or_path!r}: shared adapters need the same frozen weights"
-            )
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            told = file.metadata() or {}
+        self._check_base(hf, folder, str(config.base_model_name_or_path), told)
         config.modules_to_save, config.lora_dropout = None, 0.0
         add_adapter(hf, config, self.role)
         state = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / WEIGHTS).items()}
         if "score.weight" not in state:
             raise ValueError(f"{self.role}: the adapter in {folder} has no scalar head: it is not a reward model's")
         self.linear.weight.data.copy_(state.pop("score.weight"))
-        set_peft_model_state_dict(hf, state, self.role)
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            told = file.metadata() or {}
+        loaded: Any = set_peft_model_state_dict(hf, state, self.role)
+        lacking = [name for name in loaded.missing_keys if ".lora_" in name and adapter_role(name) == self.role]
+        if names := loaded.unexpected_keys or lacking:
+            what = "has weights without a place in the policy" if loaded.unexpected_keys else "lacks weights"
+            raise ValueError(
+                f"{self.role}: the adapter in {folder} {what}, {len(names)} of them, the first being {min(names)!r}: "
+                "export it again from the run that trained it"
+            )
         self.normalize(float(told.get("reward_mean", 0.0)), float(told.get("reward_std", 1.0)))
+
+    def _check_base(self, hf: PreTrainedModel, folder: Path, base: str, told: dict[str, str]) -> None:
+        """By the weights themselves where the file tells their fingerprint in this dtype, or else by their place."""
+        key, placed = _frozen_key(hf), _same_place(base, hf.name_or_path)
+        if not (told[key] == fingerprint(hf.base_model) if key in told else placed):
+            changed = "; the weights there have changed since" if placed else ""
+            raise ValueError(
+                f"{self.role}: the adapter in {folder} is one of {base!r}, and the policy is {hf.name_or_path!r}"
+                f"{changed}: shared adapters need the same frozen weights; train the reward model on the policy's"
+            )
 
     @property
     def score(self) -> nn.Linear:
@@ -91,7 +116,8 @@ class ScalarAdapter(Scorer):
     def hidden(self, batch: PackedBatch, read: Read = "source_S") -> tuple[Tensor, PackedBatch]:
         """States of the backbone with the adapters of this role; see `TreeModel.hidden`."""
         (policy,) = self.owner
-        with adapter_on(policy.hf, self.role):
+        # The policy trains; a reward that is only asked must not drop units.
+        with adapter_on(policy.hf, self.role), contextlib.nullcontext() if self.trained else without_dropout(policy):
             return policy.hidden(batch, read)
 
     def trained_parameters(self) -> list[nn.Parameter]:
@@ -118,27 +144,54 @@ def trained_apart(policy: nn.Module, value: nn.Module | None) -> tuple[list[nn.P
     return [p for p in policy.parameters() if p.requires_grad and id(p) not in of_value], own
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def _same_place(one: str, other: str | None) -> bool:
+    """Whether two names are of one folder, or of one model of the hub."""
+    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other or "").resolve())
+
+
+def _frozen_key(model: Any) -> str:
+    """Under which the file of an adapter tells the fingerprint of the weights that it was trained on."""
+    return f"frozen_{str(model.dtype).removeprefix('torch.')}"
+
+
+def adapter_file(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the file of a model's adapters holds: weights by peft's names, and a few words.
+
+    Every process of a model in slices must ask for it.
+
+    Args:
+        model: a language model, or a sequence classifier with one label, whose head comes along.
+
+    Returns:
+        Whole weights on the CPU; and the fingerprint of what is frozen below them, with a reward's mean and deviation.
+    """
+    state = {
+        PREFIX + name.replace(f".{ADAPTER}.", "."): whole(weight.detach()).cpu().contiguous()
+        for name, weight in model.state_dict().items()
+        if f".{ADAPTER}." in name
+    }
+    told = {"format": "pt", _frozen_key(model): fingerprint(model.base_model)}
+    if not model.can_generate():
+        state[f"{PREFIX}score.weight"] = whole(model.score.weight.detach()).cpu()
+        told |= dict(zip(("reward_mean", "reward_std"), map(repr, normalization(model)), strict=True))
+    return state, told
+
+
+def save_adapter(model: Any, folder: Path, file: tuple[dict[str, Tensor], dict[str, str]] | None = None) -> None:
     """Write a model's adapters in peft's format; of a reward model with its head and its normalisation.
 
     Args:
         model: a language model, or a sequence classifier with one label.
         folder: where to.
+        file: what `adapter_file` gave, if it was asked already.
     """
+    state, told = file or adapter_file(model)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        PREFIX + name.replace(f".{ADAPTER}.", "."): weight.detach().cpu().contiguous()
-        for name, weight in model.state_dict().items()
-        if f".{ADAPTER}." in name
-    }
     config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "task_type": "CAUSAL_LM"}
-    told = {"format": "pt"}
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     else:
-        state[f"{PREFIX}score.weight"] = model.score.weight.detach().cpu()
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        told |= dict(zip(("reward_mean", "reward_std"), map(repr, normalization(model)), strict=True))
     # The names come out of a set, in another order in every process.
     config["target_modules"] = sorted(config["target_modules"])
     save_file(state, folder / WEIGHTS, metadata=told)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.models.language import LanguageModel
 from lit_align.models.load import load_causal_lm, load_tokenizer
-from lit_align.models.lora import adapters_off, has_lora
+from lit_align.models.lora import adapters_off, has_lora, without_dropout
 from lit_align.models.network import Network
 from lit_align.modules.base import AlignModule
 from lit_align.modules.memory import memory_for
@@ -96,7 +96,7 @@ class PolicyModule(AlignModule):
     def reference_logps(self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
         """Its log-probabilities of the scored tokens. Shape (S,)."""
         if self.reference is None:
-            with adapters_off(self.policy):
+            with adapters_off(self.policy), without_dropout(self.policy):
                 return self.policy(batch, temperature, top_p).logps_S
         # Lightning puts every child in training mode before each epoch.
         return self.reference.eval()(batch, temperature, top_p).logps_S

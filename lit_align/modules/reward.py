@@ -38,8 +38,8 @@ class RewardModule(AlignModule):
         label_smoothing: how often labels are taken to be wrong (bradley_terry).
         centering: weight of (better + worse)^2, which keeps scores near 0 (bradley_terry).
         log_tie: log of Davidson's tie parameter.
-        normalize: after each validation, shift and scale rewards to mean 0 and variance 1 on its answers. Kept in the
-            exported folder; a KL coefficient then means the same whatever the scale of the scores.
+        normalize: after each validation, shift and scale rewards to mean 0 and variance 1 on its answers, and so in the
+            exported folder: a KL coefficient then means the same. null: unless regression keeps the scale of grades.
         options: those of `AlignModule`.
     """
 
@@ -55,7 +55,7 @@ class RewardModule(AlignModule):
         label_smoothing: float = 0.0,
         centering: float = 0.0,
         log_tie: float = 0.0,
-        normalize: bool = True,
+        normalize: bool | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -64,7 +64,7 @@ class RewardModule(AlignModule):
         self.label_smoothing = label_smoothing
         self.centering = centering
         self.log_tie = log_tie
-        self.normalize = normalize
+        self.normalize = loss != "regression" if normalize is None else normalize
         self.loss, self.correlation = MeanMetric(), PearsonCorrCoef()
         self.accuracy, self.length_accuracy = PairAccuracy(), PairAccuracy()
         self.scores = CatMetric()

@@ -34,6 +34,8 @@ class SFTModule(PolicyModule):
         super().__init__(network, **options)
         if neftune_alpha is not None and neftune_alpha < 0:
             raise ValueError(f"neftune_alpha must not be negative, got {neftune_alpha}; null adds no noise")
+        if neftune_alpha and network.compile:  # compiled code does not look for hooks that come later
+            raise ValueError("neftune_alpha does not reach compiled code: unset it, or network.compile")
         self.loss_function = SFT_LOSSES[loss]
         self.neftune_alpha = neftune_alpha
         self.loss = MeanMetric()

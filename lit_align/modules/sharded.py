@@ -66,7 +66,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Each process takes its slices; weights that are in no checkpoint stay as they were loaded."""
         path = self.broadcast(checkpoint_path)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        checkpoint = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
         set_model_state_dict(
             self._module, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True, strict=False)
         )

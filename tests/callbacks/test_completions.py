@@ -14,8 +14,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from support.runs import write_rows
 from support.tiny import tiny_folder
 
-from lit_align import Network, PreferenceDataModule, RewardModule, Source
-from lit_align.callbacks import CompletionsTable
+from lit_align import Network, PreferenceDataModule, RewardModule, SFTModule, Source
+from lit_align.callbacks import CompletionsTable, WeightEMA
 
 PROMPTS = ["say a bee", "say sea"]
 
@@ -52,6 +52,22 @@ def test_answers_after_each_validation(fit: Callable[..., Trainer], tmp_path: Pa
     key, columns, rows, _ = tables.taken[-1]
     assert (key, columns) == ("val/completions", ["step", "prompt", "answer", "finished"])
     assert rows == [list(line.values()) for line in lines[-2:]]
+
+
+def test_the_average_answers(fit: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, torch.Tensor]] = []
+    answer = SFTModule.answer
+
+    def look(self: SFTModule, *args: Any) -> Any:
+        asked.append({name: p.detach().clone() for name, p in self.named_parameters()})
+        return answer(self, *args)
+
+    monkeypatch.setattr(SFTModule, "answer", look)
+    ema, model = WeightEMA(0.9), {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.5)}
+    trainer = fit(ema, CompletionsTable(PROMPTS), data={"val_fraction": 0.3}, num_sanity_val_steps=0, model=model)
+    weights = dict(trainer.lightning_module.named_parameters())
+    assert all(torch.equal(asked[-1][name], average) for name, average in ema.average.items())
+    assert any(not torch.equal(asked[-1][name], weight) for name, weight in weights.items())
 
 
 def test_it_changes_nothing(fit: Callable[..., Trainer]) -> None:

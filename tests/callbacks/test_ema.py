@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor
 from lit_align import Lora, Network
 from lit_align.callbacks import HFExport, WeightEMA
 from lit_align.cli import main
+from lit_align.modules.sharded import FSDP2Strategy
 
 
 class Watch(Callback):
@@ -92,6 +94,13 @@ def test_values_and_where_they_are_seen(
 def test_a_decay_that_is_none(decay: float) -> None:
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\)"):
         WeightEMA(decay)
+
+
+def test_slices_are_not_averaged() -> None:
+    trainer: Any = SimpleNamespace(strategy=FSDP2Strategy())
+    with pytest.raises(ValueError, match="WeightEMA averages whole weights, and fsdp2 slices them: use ddp"):
+        WeightEMA().setup(trainer, None, "fit")  # type: ignore[arg-type]
+    WeightEMA().setup(trainer, None, "validate")  # type: ignore[arg-type]
 
 
 EMA = {"class_path": "lit_align.callbacks.WeightEMA", "init_args": {"decay": 0.5}}

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from lightning.pytorch import Callback
 
 from lit_align import InstructionDataModule, Lora, Network, PreferenceDataModule, RewardModule, SFTModule, Source
-from lit_align.callbacks import HFExport, NormalizeReward
+from lit_align.callbacks import HFExport, NormalizeReward, WeightEMA
 from lit_align.data.chat import ChatEncoder
 from lit_align.functional.packing import pack
 from lit_align.models.load import load_scorer, load_tokenizer
@@ -27,24 +28,31 @@ ANSWERS = [
 ]
 
 
-def fitted(parts: tuple[str, Path], out: Path, sources: list[Source], **network: Any) -> str:
+def fitted(parts: tuple[str, Path], out: Path, sources: list[Source], *more: Callback, **network: Any) -> str:
     folder, rows = parts
     rankings = [Source(str(rows / "rankings.json"))]
     data = PreferenceDataModule(folder, rankings, val=rankings, batch_size=4, cache_dir="none")
     optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[HFExport(out), NormalizeReward(sources, batch_size=2)],
+        enable_model_summary=False, callbacks=[HFExport(out), NormalizeReward(sources, batch_size=2), *more],
     )  # fmt: skip
     trainer.fit(RewardModule(Network(folder, **network), optimizer=optimizer), data)
     return str(out)
 
 
-# Kills: normalised before the last step; HFExport before it; answers of a prompt left out; finished ignored.
-@pytest.mark.parametrize("network", [{}, {"lora": Lora(r=2)}], ids=["full", "lora"])
-def test_a_policys_answers_score_0_and_1(parts: tuple[str, Path], tmp_path: Path, network: dict[str, Any]) -> None:
+# Kills: normalised before the last step; HFExport before it; answers of a prompt left out; finished ignored; the raw
+# weights scored, where the average is exported.
+@pytest.mark.parametrize(
+    ("network", "more"),
+    [({}, []), ({"lora": Lora(r=2)}, []), ({}, [WeightEMA(0.9)])],
+    ids=["full", "lora", "averaged"],
+)
+def test_a_policys_answers_score_0_and_1(
+    parts: tuple[str, Path], tmp_path: Path, network: dict[str, Any], more: list[Callback]
+) -> None:
     (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
-    out = fitted(parts, tmp_path / "out", [Source(str(tmp_path / "answers.json"), format="answers")], **network)
+    out = fitted(parts, tmp_path / "out", [Source(str(tmp_path / "answers.json"), format="answers")], *more, **network)
     model, encoder = ScalarModel(load_scorer(Network(out), need_head=True)).eval(), ChatEncoder(load_tokenizer(out))
     examples = []
     for row in ANSWERS:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from support.tiny import ARCHITECTURES, norms_in_float64, tiny_folder
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -15,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Lora, Network, load_causal_lm, load_scorer
 from lit_align.models.lora import adapters_off
-from lit_align.models.roles import CONFIG, ScalarAdapter, save_adapter, trained_apart
+from lit_align.models.roles import CONFIG, WEIGHTS, ScalarAdapter, save_adapter, trained_apart
 from lit_align.models.scalar import ScalarModel
 from lit_align.types import Example, PackedBatch, Segment
 
@@ -61,6 +62,11 @@ def trained_reward(base: str, folder: Path) -> ScalarModel:
     scorer.normalize(0.25, 1.5)
     save_adapter(scorer.hf, folder)
     return scorer
+
+
+def without_fingerprint(folder: Path) -> None:
+    """An adapter as other programs write it."""
+    save_file(load_file(folder / WEIGHTS), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 # Kills: the policy's adapters left on; the head of another role; the normalisation lost; the policy's adapters lost.
@@ -146,7 +152,52 @@ def test_what_cannot_be_shared(llama: str, tmp_path: Path) -> None:
     save_adapter(policy.hf, tmp_path / "policy")
     with pytest.raises(ValueError, match="has no scalar head: it is not a reward model's"):
         ScalarAdapter(policy, Network(str(tmp_path / "policy"), shared=True), "value")
+    without_fingerprint(tmp_path / "reward")
     config = json.loads((tmp_path / "reward" / CONFIG).read_text())
     (tmp_path / "reward" / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "other"}))
     with pytest.raises(ValueError, match=r"is one of 'other', and the policy is .*: shared adapters need the same"):
         ScalarAdapter(policy, network, "another")
+
+
+# Kills: the path alone compared; the head of the language model, which a reward model has not, hashed.
+def test_frozen_weights_are_known_by_what_they_are(llama: str, tmp_path: Path) -> None:
+    trained_reward(llama, tmp_path / "reward")
+    network = Network(str(tmp_path / "reward"), shared=True)
+    moved = Path(llama).rename(tmp_path / "moved")
+    ScalarAdapter(policy_of(str(moved)), network, "reward")
+    tiny_folder(Path(llama), seed=1)
+    with pytest.raises(ValueError, match="the weights there have changed since: shared adapters need the same frozen"):
+        ScalarAdapter(policy_of(llama), network, "reward")
+
+
+def test_a_folder_is_the_same_by_another_path(llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_reward(llama, tmp_path / "reward")
+    without_fingerprint(tmp_path / "reward")
+    monkeypatch.chdir(tmp_path)
+    policy = policy_of(Path(llama).name)
+    ScalarAdapter(policy, Network("reward", shared=True), "reward")
+    ScalarAdapter(policy, Network(llama, lora=Lora(r=2), shared=True), "value")
+
+
+@pytest.mark.parametrize("what", ["lacks weights, 1 of them", "has weights without a place in the policy, 1 of them"])
+def test_every_weight_of_an_adapter_finds_its_place(what: str, llama: str, tmp_path: Path) -> None:
+    trained_reward(llama, tmp_path / "reward")
+    file = tmp_path / "reward" / WEIGHTS
+    state = load_file(file)
+    name = next(name for name in state if "lora_A" in name)
+    weight = state[name] if "place" in what else state.pop(name)
+    if "place" in what:
+        state[name.replace(".layers.", ".blocks.")] = weight.clone()
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=what):
+        ScalarAdapter(policy_of(llama), Network(str(tmp_path / "reward"), shared=True), "reward")
+
+
+def test_a_reward_that_shares_does_not_drop_units(llama: str, tmp_path: Path) -> None:
+    trained_reward(llama, tmp_path / "reward")
+    policy = policy_of(llama, dropout=0.5)
+    shared = ScalarAdapter(policy, Network(str(tmp_path / "reward"), shared=True), "reward")
+    with torch.no_grad():
+        assert torch.equal(shared.rewards(batch()), shared.rewards(batch()))
+        assert not torch.equal(policy(batch()).logps_S, policy(batch()).logps_S)
+    assert all(module.training for module in policy.modules())

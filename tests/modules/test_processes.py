@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from support.processes import in_two_processes
@@ -18,6 +19,7 @@ from support.runs import ESTIMATORS, METHODS, SUPERVISED, TARGETS, Result, build
 from support.tiny import tiny_folder
 
 from lit_align.callbacks import CompletionsTable
+from lit_align.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_align.modules import FSDP2Strategy
 
 TOLERANCE = 1e-10
@@ -136,3 +138,16 @@ def test_a_table_of_completions_is_refused_by_its_name() -> None:
     module: Any = SimpleNamespace(answer=None)
     with pytest.raises(ValueError, match="CompletionsTable samples from its model"):
         CompletionsTable(["hello"]).setup(trainer, module, "fit")
+
+
+def test_in_slices_a_damaged_checkpoint_is_told_as_elsewhere(tmp_path: Path) -> None:
+    strategy, path = FSDP2Strategy(), tmp_path / "last.ckpt"
+    strategy.checkpoint_io = AtomicCheckpointIO()
+    AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.ones(9)}, "pytorch-lightning_version": "2"}, path)
+    kept = AtomicCheckpointIO().load_checkpoint(path, map_location="cpu")
+    assert torch.equal(kept["state_dict"]["w"], torch.ones(9))
+    whole = path.read_bytes()
+    at = whole.index(torch.ones(9).numpy().tobytes())
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(ValueError, match="is damaged and cannot be read"):
+        strategy.load_checkpoint(path)

@@ -50,6 +50,13 @@ def test_each_lowers_its_loss(place: Path, loss: Any) -> None:
     assert after["val/loss"] < 0.8 * before["val/loss"]
 
 
+def test_regression_keeps_the_scale_of_its_grades(place: Path) -> None:
+    assert not module(place, loss="regression").normalize
+    assert module(place, loss="regression", normalize=True).normalize
+    assert module(place).normalize
+    assert not module(place, normalize=False).normalize
+
+
 # Kills: a mean over answers and not over prompts; correlation with ranks; correlation of a batch.
 def test_regression_is_measured_by_its_error_and_its_correlation(place: Path) -> None:
     reward = module(place, loss="regression")

@@ -173,6 +173,9 @@ def test_noise_is_for_training_alone_and_new_at_every_step(place: Path, monkeypa
     assert not seeds
     with pytest.raises(ValueError, match="neftune_alpha must not be negative"):
         module(place, neftune_alpha=-1.0)
+    with pytest.raises(ValueError, match="does not reach compiled code"):
+        SFTModule(Network(str(place / "model"), compile=True), neftune_alpha=5.0)
+    SFTModule(Network(str(place / "model"), compile=True), neftune_alpha=0.0)
 
 
 def test_a_run_goes_through_its_phases(place: Path) -> None:

@@ -12,12 +12,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from support.runs import echo, write_rows
 from support.tiny import tiny_folder
 
-from lit_align import FunctionReward, ModelReward, Network, PPOModule, PromptDataModule, Sampling, Source
-from lit_align.models import Lora, load_scorer
+from lit_align import FunctionReward, ModelReward, Network, PPOModule, PromptDataModule, Sampling, SFTModule, Source
+from lit_align.functional.packing import pack
+from lit_align.models import Lora, load_causal_lm, load_scorer
 from lit_align.models.lora import adapter_parameters
 from lit_align.models.roles import save_adapter
 from lit_align.models.scalar import ScalarModel
 from lit_align.modules.memory import memory_budget
+from lit_align.types import Example, Segment
 
 
 @pytest.fixture
@@ -78,10 +80,23 @@ def test_one_backbone_four_roles(place: Path) -> None:
     assert ppo.reference is None
 
 
+def test_a_reference_below_adapters_does_not_drop_units(place: Path) -> None:
+    module = SFTModule(Network(str(place / "model"), dropout=0.5, lora=Lora(r=2)))
+    module.configure_model()
+    module.load_reference(None)
+    batch = pack([Example(Segment([9, 10, 11], [False] * 3), [Segment([12, 13, 14], [True] * 3)])])
+    assert torch.equal(module.reference_logps(batch), module.reference_logps(batch))
+    assert module.policy.training
+    assert not torch.equal(module.policy(batch).logps_S, module.policy(batch).logps_S)
+
+
 def test_what_shares_needs_a_policy_that_is_adapters(place: Path) -> None:
     with pytest.raises(ValueError, match=r"train it by network.lora"):
         module(place, lora=None).configure_model()
     alone = ModelReward(Network(str(place / "reward"), shared=True))
     with pytest.raises(ValueError, match="shared needs a policy to share with"):
         alone.load(None)  # type: ignore[arg-type]
+    for load in (load_causal_lm, load_scorer):
+        with pytest.raises(ValueError, match="shared is for the value and the rewards of PPO"):
+            load(Network(str(place / "model"), shared=True))
     assert FunctionReward(echo).share(None) is None  # type: ignore[arg-type, func-returns-value]
