@@ -153,7 +153,7 @@ IN_FILES = [
     (f"sft {DATA}.train", [{"path": "nofile.json"}], "no file matches 'nofile.json'"),
     (f"sft {DATA}.train", [{"path": "${NO_SUCH}/x"}], "path '${NO_SUCH}/x' needs the environment variable NO_SUCH, "),
     (f"sft {MODEL}.network.name", "nofolder", "cannot load 'nofolder' (neither a usable folder nor a name on the hub)"),
-    ("sft ckpt_path", "no.ckpt", "no checkpoint no.ckpt; there is no other one beside it"),
+    ("sft ckpt_path", "no.ckpt", "Checkpoint file not found: no.ckpt; there is no other one"),
 ]
 
 
