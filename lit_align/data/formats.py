@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_align.data.annotators import ranks_of
-from lit_align.data.rankings import answers, finished_of, grades, rankings, share_of
+from lit_align.data.rankings import answers, finished_of, grades, rankings, share_of, unpaired
 from lit_align.data.rows import (
     KINDS,
     BadField,
@@ -273,7 +273,7 @@ FORMATS: dict[str, Reader] = {
     reader.__name__: reader
     for reader in (
         alpaca, instances, sharegpt, messages, prompt_completion, pairs, hh, oasst, pair_labels, rankings, prompts,
-        turns, questions, choices, text, grades, answers, preferred, nectar,
+        turns, questions, choices, text, grades, answers, unpaired, preferred, nectar,
     )
 }  # fmt: skip
 
@@ -307,11 +307,7 @@ def recognise(row: Row) -> str:
     """
     columns = set(row)
     if {"prompt", "completion"} <= columns and isinstance(row.get("label"), bool):
-        raise BadField(
-            "label",
-            "marks an answer as good or bad, and nothing here learns from one alone: rank two or more answers to a "
-            "prompt (loss: kto takes rankings), or set format: prompt_completion to imitate all of them",
-        )
+        return "unpaired"
     for name, needs in _SIGNS:
         if not needs <= columns:
             continue

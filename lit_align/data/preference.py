@@ -32,8 +32,9 @@ class PreferenceDataModule(TextDataModule):
     learns from it; an empty answer is kept (the model stopped at once).
 
     Args:
-        keep_ties: keep prompts whose answers all tie, and single answers with a grade: RewardModule's davidson learns
-            from ties, its bradley_terry from people who disagree one to one, its regression from any grade.
+        keep_ties: keep prompts whose answers all tie, and single answers with a grade or a label: RewardModule's
+            davidson learns from ties, its bradley_terry from people who disagree one to one, its regression from any
+            grade, and DPOModule's kto from single answers that are wanted or not.
         options: those of `TextDataModule`.
     """
 

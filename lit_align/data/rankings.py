@@ -67,6 +67,13 @@ def grades(row: Row) -> list[Row]:
     return [{"prompt": asked_of(row, row["completion"]), "completions": [answer], "ranks": [0.0], "scores": [score]}]
 
 
+def unpaired(row: Row) -> list[Row]:
+    """A prompt, one completion, and a label: true if it is wanted, false if not. KTO learns from these."""
+    wanted = _truth(row, "label")
+    answer, prompt = answer_of(row, "completion"), asked_of(row, row["completion"])
+    return [{"prompt": prompt, "completions": [answer], "ranks": [float(not wanted)], "scores": [float(wanted)]}]
+
+
 def answers(row: Row) -> list[Row]:
     """A prompt and completions that nobody judged, as `lit-align predict` writes them; optional: `finished`."""
     texts = _texts(row)

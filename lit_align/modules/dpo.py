@@ -30,7 +30,8 @@ class DPOModule(ReferencedModule):
 
     The pairs of a prompt weigh 1 / C(K, 2) each. KTO's reference point is the mean log-ratio of all answers of the
     optimizer step *before*, at least 0: micro-batches and ranks do not change it, and one step changes it little. It
-    starts from 0, its true value where training starts from the reference.
+    starts from 0, its true value where training starts from the reference. Answers that are judged one by one (rows of
+    prompt, completion and label) are kept by `data.keep_ties`.
 
     Args:
         network: the policy, an SFT model.

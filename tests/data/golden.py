@@ -104,6 +104,11 @@ GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
             }
         ],
     ),
+    "unpaired": (
+        "unpaired",
+        {"prompt": [HI], "completion": [YO], "label": False},
+        [{"prompt": [HI], "completions": ["Yo"], "ranks": [1.0], "scores": [0.0]}],
+    ),
     "pairs, sampled": (
         "pairs",
         {"prompt": [HI], "chosen": "Yo", "rejected": "No", "margin": 2, "finished": [False, True]},

@@ -29,6 +29,7 @@ def ranking(*answers: str, **fields) -> dict:
 SCRATCH = {
     "pairs": ["<bos>Hi", "[[Yo<eos>]]", "[[<eos>]]"],
     "pairs with a margin": ["<bos><user> Hi <assistant>", "[[ Yo <eos>]]", "[[ No <eos>]]"],
+    "unpaired": ["<bos><user> Hi <assistant>", "[[ Yo <eos>]]"],
     "pairs, sampled": ["<bos><user> Hi <assistant>", "[[ Yo ]]", "[[ No <eos>]]"],
     "pairs, somebody's column of that name": ["<bos>Hi", "[[Yo<eos>]]", "[[No<eos>]]"],
     "pairs, Alpaca's columns": ["<bos><user> Hi\n\nx <assistant>", "[[ Yo <eos>]]", "[[ No <eos>]]"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from lit_align import DPOModule, Network
+from lit_align import DPOModule, Network, PreferenceDataModule, Source
 from lit_align.data.loader import Loader
 from lit_align.functional.dpo import nll_loss
 from lit_align.functional.dpo_losses import REFERENCE_FREE, LossName
@@ -472,3 +473,30 @@ def test_reference_free_losses_load_no_reference(name: LossName, folders: tuple[
     assert module.reference is None
     loss, _ = loss_and_gradient(module, whole(ragged_rankings()))
     assert loss.isfinite()
+
+
+# Kills: the label read the wrong way round; single answers left out; a lone answer judged by a rank among others.
+def test_kto_learns_from_answers_that_were_judged_one_by_one(folders: tuple[Network, Network], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"say {word}", "completion": word * (1 + i % 3), "label": i % 2 == 0}
+        for i, word in enumerate("a bee sea dee eh eff gee aitch".split())
+    ]
+    (tmp_path / "judged.json").write_text(json.dumps(rows))
+    sgd = functools.partial(torch.optim.SGD, lr=0.3)
+    module = DPOModule(folders[0], loss="kto", beta=0.1, reference=folders[0], optimizer=sgd)
+    sources = [Source(str(tmp_path / "judged.json"))]
+    options = {"val_fraction": 0.0, "batch_size": 8, "cache_dir": "none"}
+    data = PreferenceDataModule(folders[0].name, sources, keep_ties=True, **options)
+    trainer = Trainer(
+        max_epochs=8, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    batch = next(iter(data.train_dataloader()))
+    with torch.no_grad():
+        log_ratio_Q = module.pair_logps(batch, ranked_pairs(batch.rank_Q, batch.packed.example_Q))[1]
+    assert len(log_ratio_Q) == 8
+    assert log_ratio_Q[batch.rank_Q == 0].mean() > log_ratio_Q[batch.rank_Q == 1].mean() + 0.1
+    assert trainer.callback_metrics["train/loss"] < 0.49  # 0.5 at the start
+    with pytest.raises(ValueError, match="there are no training examples"):
+        trainer.fit(module, PreferenceDataModule(folders[0].name, sources, **options))

@@ -177,7 +177,7 @@ def one_step(
     torch.manual_seed(0)
     try:
         if held_out:
-            name = "rankings" if method.startswith(("reward", "dpo")) else "demos"
+            name = "judged" if method in TARGETS else "rankings" if method.startswith(("reward", "dpo")) else "demos"
             told = json.loads((rows / f"{name}.json").read_text())
             (rows / f"{name}-{held_out}.json").write_text(json.dumps(told[:held_out]))
             data |= {"val": [Source(str(rows / f"{name}-{held_out}.json"))], "val_batch_size": 2}
