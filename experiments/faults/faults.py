@@ -164,19 +164,21 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def damaged(place: Path, whole: Whole, how: str) -> Fault:
-    """A last checkpoint that is not what was written: refused, with the name of the one before."""
+    """A last checkpoint that is not what was written: refused, with the name of another one."""
     file, out, log = _begin(place, SAVING, f"damaged-{how.replace(' ', '-')}")
     cache = out.with_suffix(".cache")
     waited(child(fit(file, cache, "--checkpoint.save_top_k=-1", hook=_killed_at(5, out)), log))
     last = (out / "checkpoints" / "last.ckpt").resolve()
-    before = sorted(last.parent.glob("epoch*.ckpt"), key=lambda path: path.stat().st_mtime)[-2]
+    # The newest other one: it may have been written, and the link not yet be led to it.
+    others = [path for path in last.parent.glob("epoch*.ckpt") if path.resolve() != last]
+    before = max(others, key=lambda path: path.stat().st_mtime)
     last.write_bytes(DAMAGE[how](last.read_bytes()))
     files = sorted(str(path) for path in out.rglob("*"))
     log.write_text("")
     code = waited(child(fit(file, cache, "--ckpt_path", "last"), log))
     said, wrong = _said(log), []
     if str(before) not in said or "last.ckpt" not in said:
-        wrong.append("the message does not name the checkpoint, or the one before it")
+        wrong.append("the message does not name the checkpoint, or another one")
     if sorted(str(path) for path in out.rglob("*")) != files:
         wrong.append("files came or went")
     last.unlink()

@@ -16,7 +16,8 @@ METHODS = ("sft", "ppo", "rloo", "grpo", "raft", "dpo", "iterative_dpo")
 
 def run(name: str, out: Path) -> dict[str, float]:
     summary = main(["pipeline", str(experiments() / "sandbox" / f"{name}.yaml"), "--quick", "--out", str(out)])
-    assert all(math.isfinite(value) for value in summary.values())
+    # Of a handful of held-out pairs an interval may not exist.
+    assert all(math.isfinite(value) for key, value in summary.items() if not key.endswith(("_low", "_high")))
     return summary
 
 
