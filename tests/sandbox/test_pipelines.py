@@ -52,6 +52,7 @@ def test_sums_by_a_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for name in (f"{policy}/accuracy", f"{policy}_greedy/accuracy", f"{policy}/correct"):
             assert 0 <= summary[name] <= 1
             assert summary[f"{name}_se"] >= 0
-    pairs = [json.loads(line) for line in (tmp_path / "out" / "arithmetic_pairs" / "pairs.jsonl").open()]
+    lines = (tmp_path / "out" / "arithmetic_pairs" / "pairs.jsonl").read_text().splitlines()
+    pairs = [json.loads(line) for line in lines]
     assert {pair["margin"] for pair in pairs} == {1.0}
     assert {pair["category"] for pair in pairs} == {"arithmetic"}
