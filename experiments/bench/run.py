@@ -114,7 +114,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"| {name} | {ours['examples_per_s']:.2f} | {theirs['examples_per_s']:.2f} | **{r['ratio']:.1f}x** "
             f"| {ours['peak_mb']:,} | {theirs['peak_mb']:,} | {r['memory_ratio']:.2f}x "
-            f"| {r['utilisation']:.0%} |"
+            f"| {format(r['utilisation'], '.0%') if 'utilisation' in r else 'not measured'} |"
         )
     return "\n".join(lines)
 
