@@ -191,6 +191,12 @@ class Rollout(NamedTuple):
         every = range(self.num_sequences)
         return [self.pick(every[first : first + sequences]) for first in range(0, self.num_sequences, sequences)]
 
+    def tokens_by_prompt(self) -> list[int]:
+        """Tokens of each prompt with all its answers, which share it."""
+        answers = [len(completion.tokens) for completion in self.completions]
+        starts = range(0, self.num_sequences, self.samples)
+        return [len(self.prompts[q]) + sum(answers[q : q + self.samples]) for q in starts]
+
     def sampled_logps(self) -> list[float] | None:
         """Log-probabilities that tokens were drawn with, as `examples` has them; None if the engine does not say."""
         logps = [completion.logps for completion in self.completions]

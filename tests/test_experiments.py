@@ -69,7 +69,7 @@ def test_stages_find_their_parents(file: Path) -> None:
         # Run by hand, a stage writes where the pipeline would have it, in its first round.
         assert stage.kind == "call" or stage.round > 1 or alone["out"] == f"{pipeline.root}/{stage.name}"
         # With another --seed a fit starts from another one.
-        assert stage.kind != "fit" or alone["seed_everything"] == 0
+        assert stage.kind != "fit" or isinstance(alone["seed_everything"], int)
 
 
 def placed(value: Any, model: str, root: str) -> Any:

@@ -59,7 +59,8 @@ class Place:
             process = subprocess.Popen(
                 [str(SCRIPTS / "wandb"), *args],
                 cwd=self.folder, env=environment, text=True, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # A script that puts the tests in the background has them ignore interrupts, and so their children.
+                start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
         self.begun.append(process)
         return process

@@ -109,6 +109,28 @@ class OnPolicyModule(PolicyModule):
                 )
         return []
 
+    def on_fit_start(self) -> None:
+        """Refuse now what might stop the run at its first long answer, and one process of several.
+
+        Raises:
+            ValueError: the longest prompt with its answers may be longer than a micro-batch.
+        """
+        super().on_fit_start()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.micro_batch_tokens is None or not hasattr(data, "longest_item"):
+            return
+        prompt, samples, room = (
+            data.longest_item().example.num_tokens,
+            self.sampling.samples,
+            self.sampling.max_new_tokens,
+        )
+        if prompt + samples * room > self.micro_batch_tokens:
+            raise ValueError(
+                f"the longest prompt and its answers may have {prompt + samples * room:,} tokens ({prompt:,} + "
+                f"{samples} x {room:,}), above model.micro_batch_tokens ({self.micro_batch_tokens:,}): raise that, or "
+                "lower data.max_length, sampling.max_new_tokens or sampling.samples"
+            )
+
     # For the algorithm.
 
     def micro_batches(self, rollout: Rollout, shuffle: torch.Generator) -> Sequence[Tensor]:
@@ -118,20 +140,23 @@ class OnPolicyModule(PolicyModule):
         if self.micro_batch_tokens is None:
             groups = prompts.split(max(self.micro_batch_size // k, 1))
         else:
-            groups = self._within_budget(prompts, [example.num_tokens for example in rollout.examples()])
+            groups = self._within_budget(prompts, rollout.tokens_by_prompt())
         if len(groups) < self.mini_batches:
+            lower = f"lower model.micro_batch_size ({self.micro_batch_size})"
+            way_out = lower if self.micro_batch_tokens is None else "raise data.batch_size"
             raise ValueError(
                 f"{self.mini_batches} mini-batches need as many micro-batches, and {rollout.num_sequences} sequences "
-                f"make {len(groups)}: lower model.micro_batch_size ({self.micro_batch_size})"
+                f"make {len(groups)}: {way_out}"
             )
         return [(group[:, None] * k + torch.arange(k)).flatten() for group in groups]
 
     def _within_budget(self, prompts: Tensor, lengths: Sequence[int]) -> tuple[Tensor, ...]:
         room = self.micro_batch_tokens or 0
         if max(lengths) > room:
+            # With a data module, `on_fit_start` has seen to it.
             raise ValueError(
                 f"a prompt with its answers has {max(lengths):,} tokens, above model.micro_batch_tokens ({room:,}): "
-                "raise that, or lower data.max_length, sampling.max_new_tokens or sampling.samples"
+                "raise that, or lower sampling.max_new_tokens or sampling.samples"
             )
         bins = best_fit_decreasing([lengths[prompt] for prompt in prompts.tolist()], room)
         bins = split_bins(bins, max(len(bins), min(self.mini_batches, len(prompts))))

@@ -314,8 +314,22 @@ def test_micro_batches_by_tokens(place: Path) -> None:
     assert len(sizes) >= 2
     assert max(sizes) <= 100
     assert len(module(place, micro_batch_tokens=10_000, mini_batches=3)._within_budget(torch.arange(5), [9] * 5)) == 3
-    with pytest.raises(ValueError, match=r"above model\.micro_batch_tokens \(20\): raise that, or lower"):
-        fit(module(place, micro_batch_tokens=20), data(place))
+    with pytest.raises(ValueError, match=r"above model\.micro_batch_tokens \(8\): raise that, or lower"):
+        module(place, micro_batch_tokens=8)._within_budget(torch.arange(5), [9] * 5)
+
+
+# Kills: a run that stops at the first long answer, hours in.
+def test_what_may_not_fit_is_refused_before_the_first_rollout(place: Path) -> None:
+    prompts = data(place)
+    prompts.setup("fit")
+    longest = prompts.longest_item().example.num_tokens
+    ppo = module(place, micro_batch_tokens=longest + 11)
+    with pytest.raises(ValueError, match=rf"\({longest} \+ 2 x 6\), above model.micro_batch_tokens .*: raise that, or"):
+        fit(ppo, prompts)
+    assert ppo.iteration == 0
+    fit(module(place, micro_batch_tokens=10_000, mini_batches=2), data(place))
+    with pytest.raises(ValueError, match=r"12 sequences make 6: raise data.batch_size"):
+        fit(module(place, micro_batch_tokens=10_000, mini_batches=20), data(place))
 
 
 def test_gradients_are_clipped_to_the_norm(place: Path) -> None:
