@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tempfile
-import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.rows import BadField, BadRow, Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
+from lit_align.disk import replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
@@ -162,20 +162,12 @@ def _read(path: Path, key: str) -> Store | None:
 
 
 def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadRow) -> None:
-    """Write both files beside their places and move them there whole; processes that race write the same bytes."""
-    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
-    told = partial.with_suffix(".told")
-    try:
-        tally = _write(partial, source, encode, on_bad_row)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # a name must not outlive, in a power cut, what it names
-        counts = {"tally": dict(tally), "first": tally.first_skipped, "bytes": partial.stat().st_size}
-        told.write_text(json.dumps(counts))
-        told.replace(path.with_suffix(".json"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-        told.unlink(missing_ok=True)
+    """Write both files, the items last; processes that race write the same bytes."""
+    with replacing(path, racing=True) as items:
+        tally = _write(items, source, encode, on_bad_row)
+        counts = {"tally": dict(tally), "first": tally.first_skipped, "bytes": items.stat().st_size}
+        with replacing(path.with_suffix(".json"), racing=True) as told:
+            told.write_text(json.dumps(counts))
 
 
 def cache_folder(given: str | None) -> Path | None:
