@@ -18,7 +18,7 @@ BELOW = {
     "models": {"types", "disk", "functional"},
     "rollout": {"types", "functional", "data", "models"},
     "rewards": {"types", "functional", "data", "models"},
-    "modules": {"types", "functional", "models", "rollout", "rewards"},
+    "modules": {"types", "disk", "functional", "models", "rollout", "rewards"},
     "callbacks": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules"},
     "evaluation": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
     "steps": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},

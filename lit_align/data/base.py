@@ -21,7 +21,7 @@ from lit_align.data.mixture import Timeline, check_resumed, order_of, report
 from lit_align.data.order import Order, Ref, hold_out
 from lit_align.data.rows import Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand, labels
-from lit_align.data.store import Item, Store, build, cache_folder, tokenizer_key
+from lit_align.data.store import Item, Store, build, items_folder, tokenizer_key
 from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins
 from lit_align.types import Example, PackedBatch
 
@@ -101,7 +101,7 @@ class TextDataModule(LightningDataModule):
         self.row_tokens = row_tokens
         self.share_prefix = share_prefix
         self.packing = packing
-        self.cache_dir = cache_folder(cache_dir)
+        self.cache_dir = items_folder(cache_dir)
         self.position = Position()
         self.encoder: ChatEncoder | None = None
         self._stores: dict[str, list[Store]] = {}

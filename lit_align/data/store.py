@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.rows import BadField, BadRow, Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
-from lit_align.disk import replacing
+from lit_align.disk import cache_folder, can_keep, replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
@@ -130,7 +128,7 @@ def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, ca
     """
     origin = source.fingerprint()
     key = hashlib.sha256(f"{VERSION} {origin} {options} {on_bad_row}".encode()).hexdigest()[:32]
-    if cache_dir is not None and origin is not None and _writable(cache_dir):
+    if cache_dir is not None and origin is not None and can_keep(cache_dir, "data is tokenised anew in every run"):
         path = cache_dir / f"{key}.arrow"
         stored = _read(path, key)
         if stored is None:
@@ -170,25 +168,11 @@ def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadR
             told.write_text(json.dumps(counts))
 
 
-def cache_folder(given: str | None) -> Path | None:
+def items_folder(given: str | None) -> Path | None:
     """Where tokenised data is kept: what is given, "none" for nowhere, or the user's cache folder."""
     if given == "none":
         return None
-    if given is not None:
-        return Path(expand(given))
-    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "data"
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        warnings.warn(
-            f"cannot write to the cache {folder} ({error}): data is tokenised anew in every run", stacklevel=2
-        )
-        return False
+    return cache_folder("data") if given is None else Path(expand(given))
 
 
 def _write(path: Path, source: Source, encode: Encode, on_bad_row: OnBadRow) -> Tally:
