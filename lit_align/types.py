@@ -184,8 +184,8 @@ class Rollout(NamedTuple):
             self.samples,
         )
 
-    def parts(self, sequences: int | None) -> list[Rollout]:
-        """The rollout in parts of so many sequences; null for one part."""
+    def split(self, sequences: int | None) -> list[Rollout]:
+        """The rollout in parts of so many sequences; None for one part."""
         if sequences is None:
             return [self]
         every = range(self.num_sequences)

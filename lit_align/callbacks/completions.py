@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_align.callbacks.ema import averaged
 from lit_align.data.chat import ChatEncoder
 from lit_align.disk import write_whole
-from lit_align.modules.sharded import check_strategy
+from lit_align.modules.strategy import check_strategy
 from lit_align.types import PromptBatch
 
 FILE = "said.jsonl"

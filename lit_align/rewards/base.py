@@ -20,8 +20,8 @@ class Reward(nn.Module):
     the checkpoint.
     """
 
-    def share(self, policy: LanguageModel) -> None:
-        """Take adapters to the policy's backbone, if this is a model that shares it; called before `load`."""
+    def attach(self, policy: LanguageModel) -> None:
+        """Put adapters on the policy's backbone, if this is a model that shares it; called before `load`."""
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load weights, if any; called once before training, with the policy's tokenizer."""

@@ -100,7 +100,7 @@ class EndpointReward(Reward):
         pool = ThreadPoolExecutor(self.workers, "reward")
         try:
             return torch.cat(
-                list(pool.map(lambda part: self._scores(part, url, headers, stop), rollout.parts(self.batch_size)))
+                list(pool.map(lambda part: self._scores(part, url, headers, stop), rollout.split(self.batch_size)))
             )
         finally:  # after an error the requests that wait are not sent, and those under way not tried again
             stop.set()

@@ -51,7 +51,7 @@ class FunctionReward(Reward):
             TimeoutError: it took too long; names the prompts.
             Exception: the function's own, with a note that names the prompts.
         """
-        return torch.cat([self._scores(part) for part in rollout.parts(self.batch_size)])
+        return torch.cat([self._scores(part) for part in rollout.split(self.batch_size)])
 
     def _scores(self, rollout: Rollout) -> Tensor:
         name = f"the reward function {self.label}"

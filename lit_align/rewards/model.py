@@ -37,7 +37,7 @@ class ModelReward(Reward):
         self.model: Scorer | None = None
         self.encoder: ChatEncoder | None = None
 
-    def share(self, policy: LanguageModel) -> None:
+    def attach(self, policy: LanguageModel) -> None:
         """Put the adapter on the policy's backbone, if that is asked for; see `Reward`."""
         if self.network.shared and self.model is None:
             self.network.name = expand(self.network.name)
