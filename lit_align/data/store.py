@@ -55,7 +55,7 @@ class Item(NamedTuple):
         group: a hash of the prompt; items of one group never lie on both sides of a validation split.
         row: the row it came from, for rewards; empty where it is not kept.
         shares: of people who prefer the first of every two branches (12, 13, ... 23, ...); empty for ranks alone.
-        scores: grades of its branches, higher is better; empty where there are none.
+        grades: of its branches, by the annotator, higher is better; empty where there are none. Rows call them scores.
     """
 
     example: Example
@@ -64,7 +64,7 @@ class Item(NamedTuple):
     group: str
     row: Row
     shares: Sequence[float] = ()
-    scores: Sequence[float] = ()
+    grades: Sequence[float] = ()
 
 
 Encode = Callable[[Row, Tally], Iterable[Item]]
@@ -207,7 +207,7 @@ def _record(item: Item) -> dict[str, Any]:
         "ranks": item.ranks,
         "margins": item.margins,
         "shares": item.shares,
-        "scores": item.scores,
+        "scores": item.grades,
         "group": item.group,
         "row": json.dumps(item.row, default=str),
     }
