@@ -27,7 +27,6 @@ from lit_align.disk import replacing
 from lit_align.evaluation.policies import device_of
 from lit_align.models import load_tokenizer
 from lit_align.rewards import Reward
-from lit_align.rewards.base import checked
 from lit_align.types import Completion, Rollout
 
 
@@ -152,8 +151,7 @@ class Selection:
 
     @torch.no_grad()
     def _rewards(self, batch: list[Sampled]) -> Tensor:
-        rollout = _rollout(batch)
-        return checked(self.reward(rollout), rollout, type(self.reward).__name__).cpu()
+        return self.reward(_rollout(batch)).cpu()
 
 
 class BestOfN(Selection):
