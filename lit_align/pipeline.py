@@ -28,6 +28,7 @@ import yaml
 
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
+from lit_align.disk import write_whole
 from lit_align.rounds import Slot, unroll
 
 KINDS = ("fit", "predict", "call")
@@ -198,8 +199,8 @@ class Pipeline:
         summary = self.summary()
         summary["seconds"] = round(sum(v for k, v in summary.items() if k.endswith("/seconds")), 1)
         summary["seconds_this_time"] = round(time.monotonic() - started, 1)
-        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        (self.out / "manifest.json").write_text(json.dumps(self._manifest(keys), indent=2) + "\n")
+        write_whole(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(self.out / "manifest.json", json.dumps(self._manifest(keys), indent=2) + "\n")
         return summary
 
     def _run_stage(self, stage: Stage, folder: Path, key: str, command: RunCommand, step: RunStep) -> None:
@@ -301,9 +302,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    partial.replace(path)
+    write_whole(path, json.dumps(content))
 
 
 def set_aside(folder: Path) -> Path:

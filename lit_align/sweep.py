@@ -26,6 +26,7 @@ from typing import Any
 
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
+from lit_align.disk import write_whole
 from lit_align.pipeline import DONE, load_yaml, read_json, set_aside, write_json
 
 # The keys of W&B's schema; what is not named in this file is for W&B alone.
@@ -217,8 +218,8 @@ class Sweep:
             say("early_terminate is W&B's: here every point runs to its end")
         spent: list[float] = []
         records: list[dict[str, Any]] = []
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "manifest.json").write_text(json.dumps({**environment(), "sweep": str(self.file)}, indent=2) + "\n")
+        manifest = {**environment(), "sweep": str(self.file)}
+        write_whole(self.out / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         for number, point in enumerate(self.points, start=1):
             heading = f"[{number}/{len(self.points)}] {self.describe(point)}"
             record = read_json(self.out / point.name / DONE)

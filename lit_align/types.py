@@ -96,7 +96,7 @@ class PreferenceBatch(NamedTuple):
         key_E: a hash of each example's tokens, for what is kept about it (`ReferenceTable`); None if nothing is.
         share_P: share of several people who prefer the first of each two answers to a prompt, a tie counting half; in
             the order 12, 13, ... 23, ... NaN where the ranks are all there is; None if they are for the whole batch.
-        score_Q: grade of each answer, higher is better; NaN where it has none, None if none has.
+        grade_Q: what the annotator gives each answer, higher is better; NaN where it has none, None if none has.
     """
 
     packed: PackedBatch
@@ -104,23 +104,23 @@ class PreferenceBatch(NamedTuple):
     margin_Q: Tensor
     key_E: Tensor | None = None
     share_P: Tensor | None = None
-    score_Q: Tensor | None = None
+    grade_Q: Tensor | None = None
 
     @property
-    def grades_Q(self) -> Tensor:
+    def every_grade_Q(self) -> Tensor:
         """The grade of every answer.
 
         Raises:
             ValueError: some have none.
         """
         answers = self.packed.num_sequences
-        missing = answers if self.score_Q is None else int(self.score_Q.isnan().sum())
-        if self.score_Q is None or missing:
+        missing = answers if self.grade_Q is None else int(self.grade_Q.isnan().sum())
+        if self.grade_Q is None or missing:
             raise ValueError(
                 f"{missing} of {answers} answers in a batch have no grade to learn (loss: regression): give rows with "
                 "`scores`, one for each completion, or choose another loss"
             )
-        return self.score_Q
+        return self.grade_Q
 
 
 class PromptBatch(NamedTuple):
@@ -184,8 +184,8 @@ class Rollout(NamedTuple):
             self.samples,
         )
 
-    def parts(self, sequences: int | None) -> list[Rollout]:
-        """The rollout in parts of so many sequences; null for one part."""
+    def split(self, sequences: int | None) -> list[Rollout]:
+        """The rollout in parts of so many sequences; None for one part."""
         if sequences is None:
             return [self]
         every = range(self.num_sequences)

@@ -9,28 +9,29 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lit_align"
 
-# What each room may import; `types <- functional <- data | models <- rollout, rewards <- modules <- ...`.
+# What each room may import; `types, disk <- functional <- data | models <- rollout, rewards <- modules <- ...`.
 BELOW = {
     "types": set(),
+    "disk": set(),
     "functional": {"types"},
-    "data": {"types", "functional"},
-    "models": {"types", "functional"},
+    "data": {"types", "disk", "functional"},
+    "models": {"types", "disk", "functional"},
     "rollout": {"types", "functional", "data", "models"},
     "rewards": {"types", "functional", "data", "models"},
-    "modules": {"types", "functional", "models", "rollout", "rewards"},
-    "callbacks": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
+    "modules": {"types", "disk", "functional", "models", "rollout", "rewards"},
+    "callbacks": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules"},
     "evaluation": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
     "steps": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "chat": {"models"},
     "doctor": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
-    "feedback": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
+    "feedback": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "rounds": set(),
-    "pipeline": {"callbacks", "rounds"},
+    "pipeline": {"disk", "callbacks", "rounds"},
     "report": set(),
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
     "sandbox": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "config_error": set(),
-    "sweep": {"callbacks", "pipeline"},
+    "sweep": {"disk", "callbacks", "pipeline"},
     "commands": {"chat", "config_error", "pipeline", "sweep", "report", "cli"},
     "cli": {"data", "models", "modules", "rewards", "callbacks", "commands", "doctor", "sweep", "config_error"},
     "__main__": {"cli"},

@@ -13,9 +13,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_align.callbacks.checkpoint_io import whole
 from lit_align.callbacks.metrics_csv import log_ahead
 from lit_align.callbacks.preemption import StopRequest
+from lit_align.disk import replacing
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -123,7 +123,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         """Lightning's, which removes the link before it makes the new one, without the moment between."""
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            with whole(Path(linkpath)) as partial:
+            with replacing(Path(linkpath)) as partial:
                 partial.unlink(missing_ok=True)
                 try:
                     partial.symlink_to(os.path.relpath(filepath, os.path.dirname(linkpath)))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import pickle
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+
+from lit_align.disk import replacing, sync
 
 # What unpacking a damaged or foreign file raises, depending on where the damage is.
 _DAMAGED = (
@@ -41,12 +41,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with whole(Path(path)) as partial:
+        with replacing(Path(path)) as partial:
             try:
                 with partial.open("wb") as file:
                     torch.save(checkpoint, file)
-                    file.flush()
-                    os.fsync(file.fileno())
+                sync(partial)
                 broken = _broken_record(partial)
             except (OSError, RuntimeError, zipfile.BadZipFile) as error:
                 raise _not_written(Path(path), error) from error
@@ -94,30 +93,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def _keep(storage: Any, location: str) -> Any:
     return storage
-
-
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name to write to, whose file or link takes the place of `path` at the end, or is removed if anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-        _sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _sync(folder: Path) -> None:
-    """Have the folder's list of names on disk, too."""
-    with contextlib.suppress(OSError):  # not every file system can
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _broken_record(path: Path) -> str | None:

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.callbacks.ema import averaged
 from lit_align.data.chat import ChatEncoder
-from lit_align.modules.sharded import check_strategy
+from lit_align.disk import write_whole
+from lit_align.modules.strategy import check_strategy
 from lit_align.types import PromptBatch
 
 FILE = "said.jsonl"
@@ -72,6 +73,4 @@ class CompletionsTable(Callback):
         """After what earlier steps said: a run that was interrupted says some of it again."""
         written = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         kept = [line for line in written if line["step"] < lines[0]["step"]]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in [*kept, *lines]))
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in [*kept, *lines]))

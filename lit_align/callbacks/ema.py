@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lit_align.modules.sharded import FSDP2Strategy
+from lit_align.modules.strategy import FSDP2Strategy
 
 
 class WeightEMA(Callback):

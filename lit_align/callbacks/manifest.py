@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_align.callbacks.checkpoint_io import whole
+from lit_align.disk import write_whole
 
 PACKAGES = (
     "lit_align",
@@ -62,8 +62,7 @@ class Manifest(Callback):
         }
         if job := os.environ.get("SLURM_JOB_ID"):
             content["slurm_job"] = job  # that which SLURM starts again finds its folder by this
-        with whole(self.path) as partial:
-            partial.write_text(json.dumps(content, indent=2, default=str) + "\n")
+        write_whole(self.path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def environment() -> dict[str, Any]:

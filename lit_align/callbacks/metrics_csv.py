@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_align.disk import replacing
+
 
 class MetricsCSV(CSVLogger):
     """Lightning's csv logger without its version folders, and without its deleting the metrics of a resumed run.
@@ -98,13 +100,10 @@ class _ContinuingWriter(ExperimentWriter):
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         """The file with these rows, there whole or as it was."""
-        path = Path(self.metrics_file_path)
-        partial = path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
+        with replacing(Path(self.metrics_file_path)) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-        partial.replace(path)
 
 
 def last_values(metrics: Path) -> dict[str, float]:

@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lit_align.disk import write_whole
+
 
 class PredictionsFile(BasePredictionWriter):
     """Writes the rows that `predict_step` returns to a json lines file, whole or not at all.
@@ -35,7 +37,4 @@ class PredictionsFile(BasePredictionWriter):
             longest = max(map(len, gathered))
             rows = [part[i] for i in range(longest) for part in gathered if i < len(part)]
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            partial.replace(self.path)
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lit_align.callbacks.checkpoint_io import whole
+from lit_align.disk import replacing
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -31,7 +31,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On the first process, before anything runs."""
-        with whole(self.folder / "config.yaml") as partial:
+        with replacing(self.folder / "config.yaml") as partial:
             self.parser.save(self.config, str(partial), skip_unset=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": self._plain()})

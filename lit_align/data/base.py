@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_align.data.chat import ChatEncoder, Turns
 from lit_align.data.fit import Truncate, over_budget
-from lit_align.data.loader import Loader, Position, shares
+from lit_align.data.loader import Loader, Position, evaluation_batches
 from lit_align.data.mixture import Timeline, check_resumed, order_of, report
 from lit_align.data.order import Order, Ref, hold_out
 from lit_align.data.rows import Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand, labels
-from lit_align.data.store import Item, Store, build, cache_folder, tokenizer_key
+from lit_align.data.store import Item, Store, build, items_folder, tokenizer_key
 from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins
 from lit_align.types import Example, PackedBatch
 
@@ -101,7 +101,7 @@ class TextDataModule(LightningDataModule):
         self.row_tokens = row_tokens
         self.share_prefix = share_prefix
         self.packing = packing
-        self.cache_dir = cache_folder(cache_dir)
+        self.cache_dir = items_folder(cache_dir)
         self.position = Position()
         self.encoder: ChatEncoder | None = None
         self._stores: dict[str, list[Store]] = {}
@@ -177,7 +177,7 @@ class TextDataModule(LightningDataModule):
         """This rank's share of all that training and validation may show, each example once."""
         parts = [part for part in ("train", "val") if part in self._stores]
         stores = [store for part in parts for store in self._stores[part]]
-        return self._share(stores, _every(stores))
+        return self._evaluating(stores, _every(stores))
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches training has taken; and where its phases begin, if it has any."""
@@ -337,13 +337,13 @@ class TextDataModule(LightningDataModule):
                 if part == "train"
                 else f"there are no examples in the {part} sources: the counts above say what happened to the rows"
             )
-        return self._share(stores, refs)
+        return self._evaluating(stores, refs)
 
-    def _share(self, stores: Sequence[Store], refs: Sequence[tuple[int, int]]) -> Loader:
-        """This rank's share of examples that are looked at once."""
+    def _evaluating(self, stores: Sequence[Store], refs: Sequence[tuple[int, int]]) -> Loader:
+        """This rank's part of examples that are looked at once."""
         if len(refs) < self._world:
             raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
-        mine = shares(len(refs), self._rank, self._world, self.val_batch_size)
+        mine = evaluation_batches(len(refs), self._rank, self._world, self.val_batch_size)
 
         def batch(number: int) -> Any:
             chosen = [refs[n] for n in mine[number]]

@@ -80,8 +80,8 @@ class Loader:
         """Already restored by the data module."""
 
 
-def shares(count: int, rank: int, world: int, size: int) -> list[range]:
-    """A process's share of `count` examples to evaluate, in batches of about `size`, or one more.
+def evaluation_batches(count: int, rank: int, world: int, size: int) -> list[range]:
+    """A process's part of `count` examples to evaluate, in batches of about `size`, or one more.
 
     As many batches on every process: a model that is spread over them waits for all at each.
     """

@@ -62,15 +62,15 @@ class PreferenceDataModule(TextDataModule):
         def mean(values: Sequence[float]) -> list[float]:
             return [fmean(values[k] for k in same) for same in groups]
 
-        ranks, scores = mean(row["ranks"]), mean(row["scores"]) if row.get("scores") else []
-        if len(set(ranks)) < 2 and not (self.keep_ties and (len(ranks) > 1 or scores)):
+        ranks, grades = mean(row["ranks"]), mean(row["scores"]) if row.get("scores") else []
+        if len(set(ranks)) < 2 and not (self.keep_ties and (len(ranks) > 1 or grades)):
             tally["nothing_to_compare"] += 1
             return []
         tally["ties"] += len(ranks) - len(set(ranks))
         margins = mean(row.get("margins") or [0.0] * len(answers))
         shares = merged_shares(row["shares"], groups) if row.get("shares") else []
         example = Example(trunk, [branches[same[0]] for same in groups])
-        return [Item(example, ranks, margins, group_of(row["prompt"]), {}, shares, scores)]
+        return [Item(example, ranks, margins, group_of(row["prompt"]), {}, shares, grades)]
 
     def _tokens(self, prompt: str | Messages, answers: list[str], finished: list[bool], tally: Tally) -> Example:
         encoder = self._encoder()
@@ -81,14 +81,14 @@ class PreferenceDataModule(TextDataModule):
     def collate(self, items: Sequence[Item]) -> PreferenceBatch:
         """Packed rows, with the rank and the margin of each answer, and shares and grades if any item has them."""
         shares = [item.shares or [math.nan] * math.comb(len(item.ranks), 2) for item in items]
-        scores = [item.scores or [math.nan] * len(item.ranks) for item in items]
+        grades = [item.grades or [math.nan] * len(item.ranks) for item in items]
         return PreferenceBatch(
             self.pack([item.example for item in items]),
             _flat([item.ranks for item in items]),
             _flat([item.margins for item in items]),
             torch.tensor([_key(item.example) for item in items]),
             _flat(shares) if any(item.shares for item in items) else None,
-            _flat(scores) if any(item.scores for item in items) else None,
+            _flat(grades) if any(item.grades for item in items) else None,
         )
 
 

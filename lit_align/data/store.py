@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
-import uuid
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.rows import BadField, BadRow, Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
+from lit_align.disk import cache_folder, can_keep, replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
@@ -57,7 +55,7 @@ class Item(NamedTuple):
         group: a hash of the prompt; items of one group never lie on both sides of a validation split.
         row: the row it came from, for rewards; empty where it is not kept.
         shares: of people who prefer the first of every two branches (12, 13, ... 23, ...); empty for ranks alone.
-        scores: grades of its branches, higher is better; empty where there are none.
+        grades: of its branches, by the annotator, higher is better; empty where there are none. Rows call them scores.
     """
 
     example: Example
@@ -66,7 +64,7 @@ class Item(NamedTuple):
     group: str
     row: Row
     shares: Sequence[float] = ()
-    scores: Sequence[float] = ()
+    grades: Sequence[float] = ()
 
 
 Encode = Callable[[Row, Tally], Iterable[Item]]
@@ -130,7 +128,7 @@ def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, ca
     """
     origin = source.fingerprint()
     key = hashlib.sha256(f"{VERSION} {origin} {options} {on_bad_row}".encode()).hexdigest()[:32]
-    if cache_dir is not None and origin is not None and _writable(cache_dir):
+    if cache_dir is not None and origin is not None and can_keep(cache_dir, "data is tokenised anew in every run"):
         path = cache_dir / f"{key}.arrow"
         stored = _read(path, key)
         if stored is None:
@@ -162,41 +160,19 @@ def _read(path: Path, key: str) -> Store | None:
 
 
 def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadRow) -> None:
-    """Write both files beside their places and move them there whole; processes that race write the same bytes."""
-    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
-    told = partial.with_suffix(".told")
-    try:
-        tally = _write(partial, source, encode, on_bad_row)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # a name must not outlive, in a power cut, what it names
-        counts = {"tally": dict(tally), "first": tally.first_skipped, "bytes": partial.stat().st_size}
-        told.write_text(json.dumps(counts))
-        told.replace(path.with_suffix(".json"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-        told.unlink(missing_ok=True)
+    """Write both files, the items last; processes that race write the same bytes."""
+    with replacing(path, racing=True) as items:
+        tally = _write(items, source, encode, on_bad_row)
+        counts = {"tally": dict(tally), "first": tally.first_skipped, "bytes": items.stat().st_size}
+        with replacing(path.with_suffix(".json"), racing=True) as told:
+            told.write_text(json.dumps(counts))
 
 
-def cache_folder(given: str | None) -> Path | None:
+def items_folder(given: str | None) -> Path | None:
     """Where tokenised data is kept: what is given, "none" for nowhere, or the user's cache folder."""
     if given == "none":
         return None
-    if given is not None:
-        return Path(expand(given))
-    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "data"
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        warnings.warn(
-            f"cannot write to the cache {folder} ({error}): data is tokenised anew in every run", stacklevel=2
-        )
-        return False
+    return cache_folder("data") if given is None else Path(expand(given))
 
 
 def _write(path: Path, source: Source, encode: Encode, on_bad_row: OnBadRow) -> Tally:
@@ -231,7 +207,7 @@ def _record(item: Item) -> dict[str, Any]:
         "ranks": item.ranks,
         "margins": item.margins,
         "shares": item.shares,
-        "scores": item.scores,
+        "scores": item.grades,
         "group": item.group,
         "row": json.dumps(item.row, default=str),
     }

@@ -23,10 +23,10 @@ from lit_align.data.chat import ChatEncoder
 from lit_align.data.files import open_files, read_rows
 from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_of, prompt_of, text_of
 from lit_align.data.source import OnBadRow
+from lit_align.disk import replacing
 from lit_align.evaluation.policies import device_of
 from lit_align.models import load_tokenizer
 from lit_align.rewards import Reward
-from lit_align.rewards.base import checked
 from lit_align.types import Completion, Rollout
 
 
@@ -93,22 +93,20 @@ class Selection:
         self.reward.load(tokenizer)
         self.reward.to(device_of(self.device))
         tally, sums = Tally(), dict.fromkeys(("score", "best_score", "worst_score"), 0.0)
-        out.mkdir(parents=True, exist_ok=True)
-        partial = out / f"{self.file}.partial"
-        with partial.open("w") as file:
-            prompts = self._read(ChatEncoder(tokenizer), tally)
-            for prompt, scores in tqdm(self._scored(prompts, tally), "scoring", delay=2, leave=False):
-                tally["scored"] += 1
-                for name, value in zip(sums, (sum(scores) / len(scores), max(scores), min(scores)), strict=True):
-                    sums[name] += value
-                tally["all_the_same"] += max(scores) == min(scores)
-                if (chosen := self.choose(prompt.row, scores, tally)) is not None:
-                    file.write(json.dumps(chosen) + "\n")
-                    tally["written"] += 1
-        print(f"{self.completions}: {tally}")
-        if not tally["written"]:
-            raise ValueError(f"{self.completions}: nothing to train on is left of {tally}")
-        partial.replace(out / self.file)
+        with replacing(out / self.file) as partial:
+            with partial.open("w") as file:
+                prompts = self._read(ChatEncoder(tokenizer), tally)
+                for prompt, scores in tqdm(self._scored(prompts, tally), "scoring", delay=2, leave=False):
+                    tally["scored"] += 1
+                    for name, value in zip(sums, (sum(scores) / len(scores), max(scores), min(scores)), strict=True):
+                        sums[name] += value
+                    tally["all_the_same"] += max(scores) == min(scores)
+                    if (chosen := self.choose(prompt.row, scores, tally)) is not None:
+                        file.write(json.dumps(chosen) + "\n")
+                        tally["written"] += 1
+            print(f"{self.completions}: {tally}")
+            if not tally["written"]:
+                raise ValueError(f"{self.completions}: nothing to train on is left of {tally}")
         means = {name: total / tally["scored"] for name, total in sums.items()}
         return {**{name: float(count) for name, count in tally.items()}, **means}
 
@@ -153,8 +151,7 @@ class Selection:
 
     @torch.no_grad()
     def _rewards(self, batch: list[Sampled]) -> Tensor:
-        rollout = _rollout(batch)
-        return checked(self.reward(rollout), rollout, type(self.reward).__name__).cpu()
+        return self.reward(_rollout(batch)).cpu()
 
 
 class BestOfN(Selection):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lit_align.disk import replacing
 from lit_align.models.sharding import whole
 
 
@@ -54,15 +53,8 @@ class ReferenceTable:
     def save(self, path: Path) -> None:
         """Write the file whole or not at all; processes that race write the same bytes."""
         tensors = {"keys": self.keys_E, "starts": self.starts_E, "logps": self.logps_Q}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
-        try:
+        with replacing(path, racing=True) as partial:
             save_file(tensors, partial, metadata={"sha256": _checksum(tensors)})
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # a name must not outlive, in a power cut, what it names
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> ReferenceTable | None:

@@ -5,7 +5,7 @@ from lit_align.modules.ppo import PPOModule
 from lit_align.modules.reward import RewardModule
 from lit_align.modules.schedule import WSD, Constant, Cosine, Linear, Schedule
 from lit_align.modules.sft import SFTModule
-from lit_align.modules.sharded import FSDP2Strategy
+from lit_align.modules.strategy import FSDP2Strategy
 
 __all__ = [
     "WSD",

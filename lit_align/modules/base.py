@@ -21,7 +21,7 @@ from lit_align.models.sharding import shard
 from lit_align.models.trees import TreeModel
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.schedule import Schedule
-from lit_align.modules.sharded import check_strategy
+from lit_align.modules.strategy import check_strategy
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
 
 _DATA = {

@@ -77,7 +77,7 @@ class OnPolicyModule(PolicyModule):
         for reward in (self.reward, *self.monitors.values()):
             for part in reward.modules():
                 if isinstance(part, Reward):
-                    part.share(self.policy)
+                    part.attach(self.policy)
             reward.load(self.tokenizer)
             reward.requires_grad_(False)
 

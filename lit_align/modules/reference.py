@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
-import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lit_align.disk import cache_folder, can_keep
 from lit_align.models.lora import has_lora
 from lit_align.models.network import Network
 from lit_align.models.reference import ReferenceTable, fingerprint
@@ -79,9 +76,8 @@ def reference_table(module: PolicyModule) -> ReferenceTable | None:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if not hasattr(data, "every_example"):
         raise ValueError(f"cache_reference needs a PreferenceDataModule, and {type(data).__name__} is none: unset it")
-    folder = cache_folder()
-    if not trainer.strategy.reduce_boolean_decision(_writable(folder)):
-        warnings.warn(f"cannot write to the cache {folder}: the reference is computed in every step", stacklevel=2)
+    folder = cache_folder("reference")
+    if not trainer.strategy.reduce_boolean_decision(can_keep(folder, "the reference is computed in every step")):
         return None
     model = module.reference if module.reference is not None else module.policy
     told = [fingerprint(model), str(trainer.precision), sorted({entry["fingerprint"] for entry in data.manifest()})]
@@ -118,17 +114,3 @@ def live_sums(module: PolicyModule, batch: PreferenceBatch) -> Tensor:
 
 def _by_example(values_Q: Tensor, batch: PreferenceBatch) -> list[Tensor]:
     return list(values_Q.split(torch.bincount(batch.packed.example_Q).tolist()))
-
-
-def cache_folder() -> Path:
-    """Where tables are kept: LIT_ALIGN_CACHE, or the cache folder of the user."""
-    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / "reference"
-
-
-def _writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError:
-        return False

@@ -86,7 +86,7 @@ class RewardModule(AlignModule):
         if self.loss_name == "plackett_luce":
             return plackett_luce_loss(score_Q, batch.rank_Q, examples_Q, batch.packed.num_examples).sum()
         if self.loss_name == "regression":
-            return (regression_loss(score_Q, batch.grades_Q) / torch.bincount(examples_Q)[examples_Q]).sum()
+            return (regression_loss(score_Q, batch.every_grade_Q) / torch.bincount(examples_Q)[examples_Q]).sum()
         if self.loss_name == "davidson":
             pairs, ties = ranked_pairs(batch.rank_Q, examples_Q), tied_pairs(batch.rank_Q, examples_Q)
             win_P = davidson_win_loss(score_Q[pairs.better_P], score_Q[pairs.worse_P], self.log_tie)
@@ -117,7 +117,7 @@ class RewardModule(AlignModule):
         self.length_accuracy.update(-length_Q, pairs, packed.num_examples)
         self.scores.update(score_Q)
         if self.loss_name == "regression":
-            self.correlation.update(score_Q, batch.grades_Q.to(score_Q))
+            self.correlation.update(score_Q, batch.every_grade_Q.to(score_Q))
 
     def on_validation_epoch_end(self) -> None:
         """Log, and normalise rewards on the held-out answers."""

@@ -20,24 +20,29 @@ class Reward(nn.Module):
     the checkpoint.
     """
 
-    def share(self, policy: LanguageModel) -> None:
-        """Take adapters to the policy's backbone, if this is a model that shares it; called before `load`."""
+    def attach(self, policy: LanguageModel) -> None:
+        """Put adapters on the policy's backbone, if this is a model that shares it; called before `load`."""
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Load weights, if any; called once before training, with the policy's tokenizer."""
 
-    def forward(self, rollout: Rollout) -> Tensor:
-        """Score each sequence of a rollout. Shape (Q,), higher is better."""
+    def forward(self, rollout: Rollout) -> Tensor | Sequence[float]:
+        """Score each sequence of a rollout: Q numbers, higher is better; `__call__` checks them."""
         raise NotImplementedError(f"{type(self).__name__} must implement forward")
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """`forward`, and a look at what it returned; see `checked`."""
-        return checked(super().__call__(rollout), rollout, self.label)
+        """`forward`, its numbers checked: see `checked`. Shape (Q,)."""
+        return checked(super().__call__(rollout), rollout, self.title)
 
     @property
     def label(self) -> str:
-        """How logs and errors call it."""
+        """How logs call it."""
         return type(self).__name__
+
+    @property
+    def title(self) -> str:
+        """How errors call it: which of several of its kind it is."""
+        return self.label
 
     def parts(self) -> dict[str, Tensor]:
         """What the last scores were made of, each of shape (Q,): their means are logged as `ppo/reward_NAME`."""

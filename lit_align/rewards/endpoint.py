@@ -68,6 +68,11 @@ class EndpointReward(Reward):
         self.batch_size, self.workers = batch_size, workers
         self.timeout, self.retries, self.pause = timeout, retries, pause
 
+    @property
+    def title(self) -> str:
+        """With its address."""
+        return f"the reward at {self.url}"
+
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find out now whether a variable of the environment is missing."""
         self._address()
@@ -100,31 +105,31 @@ class EndpointReward(Reward):
         pool = ThreadPoolExecutor(self.workers, "reward")
         try:
             return torch.cat(
-                list(pool.map(lambda part: self._scores(part, url, headers, stop), rollout.parts(self.batch_size)))
+                list(pool.map(lambda part: self._scores(part, url, headers, stop), rollout.split(self.batch_size)))
             )
         finally:  # after an error the requests that wait are not sent, and those under way not tried again
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _scores(self, rollout: Rollout, url: str, headers: dict[str, str], stop: threading.Event) -> Tensor:
-        name, prompts = f"the reward at {self.url}", f"the prompts: {named(rollout.rows)}"
+        prompts = f"the prompts: {named(rollout.rows)}"
         body = json.dumps(self._asked(rollout), default=str).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
         try:
-            answer = patiently(lambda: post(request, self.timeout), name, self.retries, self.pause, stop)
+            answer = patiently(lambda: post(request, self.timeout), self.title, self.retries, self.pause, stop)
         except TryAgain as problem:
             raise ConnectionError(f"{problem}; {prompts}") from problem
         except Refused as problem:
-            raise ValueError(f"{name} refuses the request with {problem}; {prompts}") from problem
+            raise ValueError(f"{self.title} refuses the request with {problem}; {prompts}") from problem
         try:
             scores = json.loads(answer)
         except ValueError as error:
-            raise ValueError(f"{name} answered {answer[:80]!r}, which is no JSON; {prompts}") from error
+            raise ValueError(f"{self.title} answered {answer[:80]!r}, which is no JSON; {prompts}") from error
         if isinstance(scores, dict):
             if "scores" not in scores:
-                raise ValueError(f"{name} answered {answer[:80]!r}, which has no `scores`; {prompts}")
+                raise ValueError(f"{self.title} answered {answer[:80]!r}, which has no `scores`; {prompts}")
             scores = scores["scores"]
-        return checked(scores, rollout, name)
+        return checked(scores, rollout, self.title)
 
     def _asked(self, rollout: Rollout) -> dict[str, list[Any]]:
         for column in self.columns:

@@ -43,6 +43,11 @@ class FunctionReward(Reward):
         """The function's name."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
+    @property
+    def title(self) -> str:
+        """With the function's name."""
+        return f"the reward function {self.label}"
+
     def forward(self, rollout: Rollout) -> Tensor:
         """Shape (Q,).
 
@@ -51,11 +56,9 @@ class FunctionReward(Reward):
             TimeoutError: it took too long; names the prompts.
             Exception: the function's own, with a note that names the prompts.
         """
-        return torch.cat([self._scores(part) for part in rollout.parts(self.batch_size)])
+        return torch.cat([self._scores(part) for part in rollout.split(self.batch_size)])
 
     def _scores(self, rollout: Rollout) -> Tensor:
-        name = f"the reward function {self.label}"
-
         def call() -> list[float]:
             try:
                 return within(self.timeout, lambda: self.function(rollout.rows, rollout.texts))
@@ -63,7 +66,7 @@ class FunctionReward(Reward):
                 raise TryAgain(f"{type(error).__name__}: {error}") from error
 
         try:
-            return checked(patiently(call, name, self.retries, self.pause), rollout, name)
+            return checked(patiently(call, self.title, self.retries, self.pause), rollout, self.title)
         except TryAgain as last:
             said = f"{last}; the prompts: {named(rollout.rows)}"
             problem = getattr(last.__cause__, "__cause__", None)  # what the function raised the last time

@@ -15,7 +15,7 @@ from lit_align.models.lora import has_lora
 from lit_align.models.network import Network
 from lit_align.models.roles import ScalarAdapter
 from lit_align.models.scalar import ScalarModel, Scorer
-from lit_align.rewards.base import Reward, checked
+from lit_align.rewards.base import Reward
 from lit_align.types import Example, PackedBatch, Rollout, Segment
 
 
@@ -37,7 +37,12 @@ class ModelReward(Reward):
         self.model: Scorer | None = None
         self.encoder: ChatEncoder | None = None
 
-    def share(self, policy: LanguageModel) -> None:
+    @property
+    def title(self) -> str:
+        """With its folder."""
+        return f"the reward model {self.network.name}"
+
+    def attach(self, policy: LanguageModel) -> None:
         """Put the adapter on the policy's backbone, if that is asked for; see `Reward`."""
         if self.network.shared and self.model is None:
             self.network.name = expand(self.network.name)
@@ -61,13 +66,12 @@ class ModelReward(Reward):
         assert self.model is not None, "load() comes first"
         self.model.eval()  # whatever the trainer did: a reward must not drop units
         device = self.model.score.weight.device
+        whole_prompts = max(self.batch_size // rollout.samples, 1) * rollout.samples
         scores = []
-        step = max(self.batch_size // rollout.samples, 1) * rollout.samples
-        for first in range(0, rollout.num_sequences, step):
-            part = rollout.pick(range(first, min(first + step, rollout.num_sequences)))
+        for part in rollout.split(whole_prompts):
             batch = PackedBatch(*(x.to(device) for x in pack(self._examples(part))))
             scores.append(self.model.rewards(batch).float().cpu())
-        return checked(torch.cat(scores), rollout, f"the reward model {self.network.name}")
+        return torch.cat(scores)
 
     def _examples(self, rollout: Rollout) -> list[Example]:
         if self.encoder is None:

@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
-from torch import Tensor
-
-from lit_align.rewards.base import Reward, checked
+from lit_align.rewards.base import Reward
 from lit_align.types import Completion, Rollout
 
 
 class TextReward(Reward):
     """Base of rewards that look at one completion at a time; a subclass implements `score`."""
 
-    def forward(self, rollout: Rollout) -> Tensor:
-        """Shape (Q,)."""
+    def forward(self, rollout: Rollout) -> list[float]:
+        """One score after another."""
         answers = zip(rollout.rows, rollout.texts, rollout.completions, strict=True)
-        return checked([self.score(*answer) for answer in answers], rollout, type(self).__name__)
+        return [self.score(*answer) for answer in answers]
 
     def score(self, row: dict[str, Any], text: str, completion: Completion) -> float:
         """Score a completion, given as text and as tokens, to the prompt of a row."""

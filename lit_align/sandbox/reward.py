@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
-
-from lit_align.rewards.base import Reward, checked
+from lit_align.rewards.base import Reward
 from lit_align.sandbox.gold import judge
 from lit_align.sandbox.sources import prompt_from
 from lit_align.sandbox.world import World
@@ -26,8 +24,8 @@ class GoldReward(Reward):
         self.world = World(seed)
         self.part = part
 
-    def forward(self, rollout: Rollout) -> Tensor:
-        """Shape (Q,)."""
+    def forward(self, rollout: Rollout) -> list[float]:
+        """Of each answer."""
         answers = zip(rollout.rows, rollout.texts, rollout.completions, strict=True)
         judged = [judge(self.world, prompt_from(row), text, answer.finished) for row, text, answer in answers]
-        return checked([getattr(judgement, self.part) for judgement in judged], rollout, "gold")
+        return [getattr(judgement, self.part) for judgement in judged]

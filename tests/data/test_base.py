@@ -14,7 +14,7 @@ from lit_align.data.preference import PreferenceDataModule
 from lit_align.data.prompt import PromptDataModule
 from lit_align.data.rows import BadRow, Rows
 from lit_align.data.source import Source
-from lit_align.data.store import Store, cache_folder
+from lit_align.data.store import Store, items_folder
 
 
 @pytest.fixture
@@ -236,12 +236,12 @@ def test_rows_that_cannot_be_cached_are_tokenised_once_a_process(prompts) -> Non
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LIT_ALIGN_CACHE", str(tmp_path))
-    assert cache_folder(None) == tmp_path / "data"
+    assert items_folder(None) == tmp_path / "data"
     monkeypatch.delenv("LIT_ALIGN_CACHE")
-    assert cache_folder(None) == Path.home() / ".cache" / "lit_align" / "data"
+    assert items_folder(None) == Path.home() / ".cache" / "lit_align" / "data"
     monkeypatch.setenv("PLACE", str(tmp_path))
-    assert cache_folder("${PLACE}/x") == tmp_path / "x"
-    assert cache_folder("none") is None
+    assert items_folder("${PLACE}/x") == tmp_path / "x"
+    assert items_folder("none") is None
 
 
 def test_what_happened_to_the_rows_is_reported(write, tokenizer_folder: str, caplog) -> None:

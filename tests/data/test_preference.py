@@ -88,7 +88,7 @@ def test_golden_tokens(template: str, kind: str, expected: list[str]) -> None:
     assert show_tree(data.tokenizer, item.example) == expected
     assert item.ranks == rows[0]["ranks"]
     assert item.margins == rows[0].get("margins", [0.0] * len(item.ranks))
-    assert (item.shares, item.scores) == (rows[0].get("shares", []), rows[0].get("scores", []))
+    assert (item.shares, item.grades) == (rows[0].get("shares", []), rows[0].get("scores", []))
 
 
 def test_every_ranked_format_has_golden_tokens() -> None:
@@ -177,7 +177,7 @@ def test_shares_and_scores_of_identical_answers_are_averaged() -> None:
     (item,) = module().encode(row, Tally())
     # a is preferred to b by 0.75 the first time; the second time b is by 0.
     assert item.shares == [(0.75 + 1.0) / 2]
-    assert item.scores == [2.5, 5.0]
+    assert item.grades == [2.5, 5.0]
 
 
 def test_shares_and_scores_are_nan_where_a_row_has_none(write, tokenizer_folder: str) -> None:
@@ -198,10 +198,10 @@ def test_shares_and_scores_are_nan_where_a_row_has_none(write, tokenizer_folder:
     torch.testing.assert_close(
         mixed.share_P, torch.tensor([torch.nan] * 3 + [0.5, 1.0, 1.0] + [torch.nan]), equal_nan=True
     )
-    torch.testing.assert_close(mixed.score_Q, torch.tensor([torch.nan] * 6 + [1.0, 2.0]), equal_nan=True)
+    torch.testing.assert_close(mixed.grade_Q, torch.tensor([torch.nan] * 6 + [1.0, 2.0]), equal_nan=True)
     plain = batch(0)
     assert plain.share_P is None
-    assert plain.score_Q is None
+    assert plain.grade_Q is None
 
 
 def test_kept_ties_are_another_cache(write, tokenizer_folder: str) -> None:

@@ -83,8 +83,15 @@ def test_micro_batches_packing_sharing_and_order_change_nothing(
         assert_same(whole, result, name)
 
 
-def test_a_reference_that_is_computed_once_is_the_live_one(place: Callable[[str], tuple[str, Path]]) -> None:
+def test_a_reference_that_is_computed_once_is_the_live_one(
+    place: Callable[[str], tuple[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, rows = place("llama")
     live = one_step("dpo", folder, rows, batch_size=8)
     for what in ("computed", "read"):
         assert_same(live, one_step("dpo_cached", folder, rows, batch_size=8), what)
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("LIT_ALIGN_CACHE", str(blocked))
+    with pytest.warns(UserWarning, match="cannot write to the cache .*file.reference .*: the reference is computed in"):
+        assert_same(live, one_step("dpo_cached", folder, rows, batch_size=8), "nowhere to keep it")

@@ -69,9 +69,9 @@ def test_regression_is_measured_by_its_error_and_its_correlation(place: Path) ->
     with torch.no_grad():
         score_Q = reward.scorer.eval()(batch.packed)
     by_prompt = [
-        (score_Q - batch.score_Q).square()[batch.packed.example_Q == e].mean() for e in range(batch.packed.num_examples)
+        (score_Q - batch.grade_Q).square()[batch.packed.example_Q == e].mean() for e in range(batch.packed.num_examples)
     ]
-    correlation = torch.corrcoef(torch.stack([score_Q, batch.score_Q]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([score_Q, batch.grade_Q]))[0, 1]
     for loss, measured in seen:
         assert loss == pytest.approx(torch.stack(by_prompt).mean().item(), rel=1e-5)
         assert measured == pytest.approx(correlation.item(), abs=1e-5)

@@ -99,4 +99,4 @@ def test_what_shares_needs_a_policy_that_is_adapters(place: Path) -> None:
     for load in (load_causal_lm, load_scorer):
         with pytest.raises(ValueError, match="shared is for the value and the rewards of PPO"):
             load(Network(str(place / "model"), shared=True))
-    assert FunctionReward(echo).share(None) is None  # type: ignore[arg-type, func-returns-value]
+    assert FunctionReward(echo).attach(None) is None  # type: ignore[arg-type, func-returns-value]

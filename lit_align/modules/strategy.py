@@ -1,4 +1,4 @@
-"""Models larger than one device: `strategy: fsdp2`, and what is refused in its favour."""
+"""What spreads a model over devices: `strategy: fsdp2` where one cannot hold it, and what is refused in its favour."""
 
 from __future__ import annotations
 

@@ -1,0 +1,73 @@
+"""Writing to disk: files that are there whole or as they were, and the cache of what can be computed again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, racing: bool = False) -> Iterator[Path]:
+    """A name to write to, whose file or link takes the place of `path` at the end, or is removed if anything fails.
+
+    Args:
+        path: the folder that it lies in is made.
+        racing: whether other processes may write it at the same moment. Each then writes under a name of its own, which
+            stays where it is killed; otherwise the next attempt writes over what a killed one has left.
+
+    Yields:
+        A name beside it, `.NAME.partial`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = f".{uuid.uuid4().hex}" if racing else ""
+    partial = path.with_name(f".{path.name}{own}.partial")
+    try:
+        yield partial
+        sync(partial)  # a name must not outlive, in a power cut, what it names
+        partial.replace(path)
+        with contextlib.suppress(OSError):  # not every file system can
+            sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all; see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text)
+
+
+def sync(path: Path) -> None:
+    """Have what a file holds, or the names in a folder, on disk and not in the memory of the system."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_folder(name: str) -> Path:
+    """Where a kind of what can be computed again is kept: in LIT_ALIGN_CACHE, or in the cache folder of the user."""
+    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / name
+
+
+def can_keep(folder: Path, otherwise: str) -> bool:
+    """Whether the cache can be written to, with a warning where it cannot.
+
+    Args:
+        folder: made if it is not there.
+        otherwise: what happens where nothing is kept.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        warnings.warn(f"cannot write to the cache {folder} ({error}): {otherwise}", stacklevel=2)
+        return False
