@@ -106,6 +106,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
         # Sums over chunks, in bf16, would lose what each adds.
         grad_weight = torch.empty_like(weight_VH, dtype=sum_S.dtype) if to_weight else None
+        narrow = weight_VH.device.type == "cpu" and weight_VH.shape[1] <= 256
 
         def spread(grad_CV: Tensor, at: slice, first: bool) -> None:
             grad_CV = grad_CV.to(weight_VH.dtype)
@@ -113,7 +114,10 @@ class _LinearLogprobs(torch.autograd.Function):
                 torch.mm(grad_CV, weight_VH, out=grad_hidden[at])
             if grad_weight is None:
                 return
-            if grad_weight.dtype == grad_CV.dtype:
+            if first and narrow:
+                # A CPU's product with few columns runs at two thirds of the rate of its transpose.
+                grad_weight.copy_((hidden_SH[at].T @ grad_CV).T)
+            elif grad_weight.dtype == grad_CV.dtype:
                 # beta = 0 writes, and does not read what was there.
                 torch.addmm(grad_weight, grad_CV.T, hidden_SH[at], beta=0 if first else 1, out=grad_weight)
             elif first:
