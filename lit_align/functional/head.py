@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ def linear_logprobs(
     top_p: float = 1.0,
     entropies: bool = False,
     chunk: int = 128,
-    keep: bool = True,
+    hold: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log p(target) under a linear head without bias, and the entropy of p, both from one pass over the logits.
 
     The logits are made and looked at `chunk` rows at a time, few enough to stay in the cache of a processor. Where they
-    lie they become exp(logit - largest), which is kept, and in backward its gradient: one tensor of S x V, and one
-    exponential, where softmax and cross-entropy as separate operations take three and two. Or they are made again,
-    which takes no tensor, and a product more.
+    lie they become probabilities, and in backward their own gradient: one tensor of S x V, and one exponential, where
+    softmax and cross-entropy as separate operations take three and two. Where they are too many to hold, they are made
+    again in backward, `hold` rows at a time: no tensor of S x V, and a product more.
 
     Args:
         hidden_SH: the states that predict. Shape (S, H).
@@ -36,19 +37,21 @@ def linear_logprobs(
         top_p: mass of the nucleus, in (0, 1]; see `shape_logits`.
         entropies: also give them.
         chunk: rows whose logits are looked at together.
-        keep: hold a number a logit until backward.
+        hold: rows whose probabilities there is memory for; null for all.
 
     Returns:
         Log-probabilities in nats, shape (S,), in fp32 or float64; and entropies in nats, shape (S,), without gradient,
         or None.
     """
-    options = temperature, top_p, entropies, chunk, keep and torch.is_grad_enabled()
+    hold = max(len(hidden_SH), 1) if hold is None else hold
+    keep = torch.is_grad_enabled() and len(hidden_SH) <= hold
+    options = temperature, top_p, entropies, min(chunk, hold), hold, keep
     logps_S, entropies_S = _LinearLogprobs.apply(hidden_SH, weight_VH, target_S, *options)
     return logps_S, entropies_S
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """d log p(t) / d logits = onehot(t) - p, where p is the kept exp(logit - largest) over its sum."""
+    """d log p(t) / d logits = onehot(t) - p."""
 
     @staticmethod
     def forward(
@@ -60,97 +63,91 @@ class _LinearLogprobs(torch.autograd.Function):
         top_p: float,
         entropies: bool,
         chunk: int,
+        hold: int,
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.options = temperature, top_p, chunk
+        ctx.options = temperature, top_p, chunk, hold
         count, vocabulary = len(hidden_SH), len(weight_VH)
-        logps_S, sum_S, entropies_S = (upcast(hidden_SH.new_empty(count)) for _ in range(3))
+        logps_S, said_S, mean_S = (upcast(hidden_SH.new_empty(count)) for _ in range(3))
         # Written over and over: fresh memory costs a processor more than the arithmetic that is done in it.
-        kept_SV = logps_S.new_empty(count if keep else min(chunk, count), vocabulary)
+        probs_SV = logps_S.new_empty(count if keep else min(chunk, count), vocabulary)
         scratch_CV = logps_S.new_empty(min(chunk, count) if entropies else 0, vocabulary)
         for start in range(0, count, chunk):
             at = slice(start, start + chunk)
             target_C = target_S[at]
-            logits_CV = kept_SV[at] if keep else kept_SV[: len(target_C)]
+            logits_CV = probs_SV[at] if keep else probs_SV[: len(target_C)]
             _logits(hidden_SH[at], weight_VH, target_C, temperature, top_p, logits_CV)
-            said_C = logits_CV.gather(1, target_C[:, None])[:, 0]
-            largest_C = logits_CV.amax(-1)
-            relative_CV = logits_CV.sub_(largest_C[:, None])
+            said_S[at] = logits_CV.gather(1, target_C[:, None])[:, 0]
             if entropies:
-                scratch_CV[: len(target_C)].copy_(relative_CV)
-            weights_CV = relative_CV.exp_()
-            sum_S[at] = weights_CV.sum(-1)
-            log_sum_C = sum_S[at].log()
-            logps_S[at] = said_C - largest_C - log_sum_C
+                scratch_CV[: len(target_C)].copy_(logits_CV)
+            probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+            logps_S[at] = probs_CV.gather(1, target_C[:, None])[:, 0].log()
             if entropies:
-                # H = logsumexp - E[logit]; a token outside the nucleus has logit -inf, and adds nothing.
-                relative_CV = scratch_CV[: len(target_C)]
+                # A token outside the nucleus has logit -inf, and adds nothing.
+                logits_CV = scratch_CV[: len(target_C)]
                 if top_p < 1.0:
-                    relative_CV.masked_fill_(weights_CV == 0, 0.0)
-                mean_C = relative_CV.mul_(weights_CV).sum(-1) / sum_S[at]
-                entropies_S[at] = (log_sum_C - mean_C).clamp_(min=0.0)
-        ctx.kept = kept_SV if keep else None
-        ctx.save_for_backward(hidden_SH, weight_VH, target_S, sum_S)
+                    logits_CV.masked_fill_(probs_CV == 0, 0.0)
+                mean_S[at] = torch.linalg.vecdot(probs_CV, logits_CV)
+        # A probability that is too small for its type has no logarithm: those few are computed from their logits.
+        lost_S = logps_S < math.log(torch.finfo(logps_S.dtype).tiny) + 10
+        if lost_S.any():
+            rows = hidden_SH[lost_S], weight_VH, target_S[lost_S], temperature, top_p
+            logits_CV = _logits(*rows, logps_S.new_empty(int(lost_S.sum()), vocabulary))
+            logps_S[lost_S] = said_S[lost_S] - logits_CV.logsumexp(-1)
+        ctx.kept = probs_SV if keep else None
+        ctx.save_for_backward(hidden_SH, weight_VH, target_S)
         if not entropies:
             return logps_S, None
+        # H = logsumexp - E[logit].
+        entropies_S = (said_S - logps_S - mean_S).clamp_(min=0.0)
         ctx.mark_non_differentiable(entropies_S)
         return logps_S, entropies_S
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_S: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden_SH, weight_VH, target_S, sum_S = ctx.saved_tensors
-        temperature, top_p, chunk = ctx.options
+        hidden_SH, weight_VH, target_S = ctx.saved_tensors
+        temperature, top_p, chunk, hold = ctx.options
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         kept_SV, ctx.kept = ctx.kept, None  # overwritten below: a second backward makes them again
-        grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
-        # Sums over chunks, in bf16, would lose what each adds.
-        grad_weight = torch.empty_like(weight_VH, dtype=sum_S.dtype) if to_weight else None
-        narrow = weight_VH.device.type == "cpu" and weight_VH.shape[1] <= 256
-
-        def spread(grad_CV: Tensor, at: slice, first: bool) -> None:
-            grad_CV = grad_CV.to(weight_VH.dtype)
-            if grad_hidden is not None:
-                torch.mm(grad_CV, weight_VH, out=grad_hidden[at])
-            if grad_weight is None:
-                return
-            if first and narrow:
-                # A CPU's product with few columns runs at two thirds of the rate of its transpose.
-                grad_weight.copy_((hidden_SH[at].T @ grad_CV).T)
-            elif grad_weight.dtype == grad_CV.dtype:
-                # beta = 0 writes, and does not read what was there.
-                torch.addmm(grad_weight, grad_CV.T, hidden_SH[at], beta=0 if first else 1, out=grad_weight)
-            elif first:
-                grad_weight.copy_(grad_CV.T @ hidden_SH[at])
-            else:
-                grad_weight.add_(grad_CV.T @ hidden_SH[at])
-
-        weights_SV = kept_SV if kept_SV is not None else sum_S.new_empty(min(chunk, len(sum_S)), len(weight_VH))
         grad_S = grad_S / temperature
-        for start in range(0, len(hidden_SH), chunk):
-            at = slice(start, start + chunk)
-            weights_CV = weights_SV[at] if kept_SV is not None else weights_SV[: len(target_S[at])]
-            if kept_SV is None:
-                _logits(hidden_SH[at], weight_VH, target_S[at], temperature, top_p, weights_CV)
-                weights_CV.sub_(weights_CV.amax(-1, keepdim=True)).exp_()
-            grad_CV = weights_CV.mul_((-grad_S[at] / sum_S[at])[:, None])
-            grad_CV.scatter_add_(1, target_S[at, None], grad_S[at, None])
-            if kept_SV is None:
-                spread(grad_CV, at, first=start == 0)
-        if kept_SV is not None:  # whole: products of a few rows with many columns are slow
-            spread(kept_SV, slice(None), first=True)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_VH.dtype) if len(sum_S) else torch.zeros_like(weight_VH)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
+        grad_weight: Tensor | None = None
+        # A CPU's product with few columns runs at two thirds of the rate of its transpose.
+        narrow = weight_VH.device.type == "cpu" and weight_VH.shape[1] <= 256
+        room_PV = kept_SV if kept_SV is not None else grad_S.new_empty(min(hold, len(target_S)), len(weight_VH))
+        # The products take as many rows as there is room for: of few rows with many columns they are slow.
+        for first in range(0, len(target_S), max(len(room_PV), 1)):
+            piece = slice(first, first + len(room_PV))
+            hidden_PH, target_P, grad_P = hidden_SH[piece], target_S[piece], grad_S[piece]
+            for start in range(0, len(target_P), chunk):
+                at = slice(start, start + chunk)
+                probs_CV = room_PV[: len(target_P)][at]
+                if kept_SV is None:
+                    _logits(hidden_PH[at], weight_VH, target_P[at], temperature, top_p, probs_CV)
+                    torch.softmax(probs_CV, -1, out=probs_CV)
+                probs_CV.mul_(-grad_P[at, None]).scatter_add_(1, target_P[at, None], grad_P[at, None])
+            grad_PV = room_PV[: len(target_P)].to(weight_VH.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_PV, weight_VH, out=grad_hidden[piece])
+            if to_weight:
+                product_VH = (hidden_PH.T @ grad_PV).T.contiguous() if narrow else grad_PV.T @ hidden_PH
+                # Sums over pieces, in bf16, would lose what each adds.
+                product_VH = product_VH.to(grad_S.dtype)
+                grad_weight = product_VH if grad_weight is None else grad_weight.add_(product_VH)
+        if to_weight:
+            grad_weight = torch.zeros_like(weight_VH) if grad_weight is None else grad_weight.to(weight_VH.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def _logits(
     hidden_CH: Tensor, weight_VH: Tensor, target_C: Tensor, temperature: float, top_p: float, out_CV: Tensor
-) -> None:
-    """Write the shaped logits of a chunk, in fp32 or float64."""
+) -> Tensor:
+    """Write the shaped logits of a chunk, in fp32 or float64, and return them."""
     if hidden_CH.dtype == out_CV.dtype:
         torch.mm(hidden_CH, weight_VH.T, out=out_CV)
     else:
         out_CV.copy_(hidden_CH @ weight_VH.T)
     if temperature != 1.0 or top_p != 1.0:
         out_CV.copy_(shape_logits(out_CV, temperature, top_p, keep_S=target_C))
+    return out_CV

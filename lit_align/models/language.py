@@ -43,7 +43,7 @@ class LanguageModel(TreeModel):
     chunk at a time and made again in backward: a third more work in the head, and its memory bounded.
 
     Attributes:
-        dense_bytes: largest logits, in bytes of fp32, that are held until backward.
+        dense_bytes: largest logits, in bytes of fp32, that are held at once.
         cached_bytes: how many a CPU looks at together, so that they stay in its cache.
     """
 
@@ -83,12 +83,12 @@ class LanguageModel(TreeModel):
         hidden_SH, rows = self.hidden(batch)
         chunks = self._chunks(hidden_SH)
         if self._plain_head():
-            weight_VH: Any = self.hf.get_output_embeddings().weight
+            states_SH, weight_VH = self._in_precision(hidden_SH)
+            row = 4 * len(weight_VH)
             # On a GPU only the scratch tensor is bounded, for which an eighth of the logits is enough.
             limit = self.cached_bytes if hidden_SH.device.type == "cpu" else self.dense_bytes // 8
-            chunk = max(min(limit, self.dense_bytes) // (4 * len(weight_VH)), 1)
-            options = temperature, top_p, entropies, chunk, chunks == 1
-            return TokenScores(*linear_logprobs(hidden_SH, weight_VH, rows.target_S, *options), hidden_SH)
+            options = temperature, top_p, entropies, max(limit // row, 1), max(self.dense_bytes // row, 1)
+            return TokenScores(*linear_logprobs(states_SH, weight_VH, rows.target_S, *options), hidden_SH)
         pieces = []
         for part_SH, part_S in zip(hidden_SH.chunk(chunks), rows.target_S.chunk(chunks), strict=True):
             arguments = (part_SH, part_S, temperature, top_p, entropies)
@@ -121,12 +121,19 @@ class LanguageModel(TreeModel):
         return chunks
 
     def _plain_head(self) -> bool:
-        """Whether the head is one matrix and nothing else, computed in its own precision."""
+        """Whether the head is one matrix and nothing else."""
         config, head = self.hf.config.get_text_config(), self.hf.get_output_embeddings()
         extras = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-        if type(head) is not nn.Linear or head.bias is not None or torch.is_autocast_enabled(head.weight.device.type):
+        if type(head) is not nn.Linear or head.bias is not None:
             return False
         return all(getattr(config, key, None) in (None, 1.0) for key in extras)
+
+    def _in_precision(self, hidden_SH: Tensor) -> tuple[Tensor, Tensor]:
+        """States and the head's matrix, as autocast would have them in a product."""
+        weight_VH, device = self.hf.get_output_embeddings().weight, hidden_SH.device.type
+        if not torch.is_autocast_enabled(device):
+            return hidden_SH, weight_VH
+        return hidden_SH.to(torch.get_autocast_dtype(device)), weight_VH.to(torch.get_autocast_dtype(device))
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Hidden states to logits, with whatever the architecture does behind its output embeddings."""

@@ -24,16 +24,16 @@ def dense(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, to
 
 # Kills: the last, shorter chunk dropped; temperature left out of either gradient; onehot or p with the wrong sign;
 # chunks of the weight's gradient overwritten, not added; a nucleus of the whole in backward.
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("hold", [4, 5, None])
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.3, 0.7)])
 def test_scores_entropies_and_gradients_are_those_of_all_logits(
-    chunk: int, temperature: float, top_p: float, keep: bool
+    chunk: int, temperature: float, top_p: float, hold: int | None
 ) -> None:
     hidden, weight, target = inputs()
     expected, entropies = dense(hidden, weight, target, temperature, top_p)
     expected_gradients = torch.autograd.grad((expected * torch.arange(S)).sum(), (hidden, weight))
-    got, spread = linear_logprobs(hidden, weight, target, temperature, top_p, entropies=True, chunk=chunk, keep=keep)
+    got, spread = linear_logprobs(hidden, weight, target, temperature, top_p, entropies=True, chunk=chunk, hold=hold)
     assert spread is not None
     torch.testing.assert_close((got, spread), (expected, entropies), rtol=0, atol=1e-13)
     assert not spread.requires_grad
@@ -57,7 +57,7 @@ def test_only_what_is_trained_gets_a_gradient(frozen: int) -> None:
 # Kills: log-probabilities, or the sum of the weight's gradient over chunks, in the precision of the weights.
 def test_half_precision_is_added_up_in_single() -> None:
     hidden, weight, target = inputs(torch.bfloat16)
-    got, _ = linear_logprobs(hidden, weight, target, chunk=1)
+    got, _ = linear_logprobs(hidden, weight, target, hold=1)
     assert got.dtype == torch.float32
     got.sum().backward()
     assert weight.grad is not None
@@ -97,3 +97,19 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
         linear_logprobs(hidden, weight, target, chunk=3)
     assert (S, V) not in made
     assert (3, V) in made
+
+
+# Kills: the logarithm of a probability that is 0 in fp32; entropies that are taken from it.
+@pytest.mark.parametrize("scale", [90.0, 100.0, 1000.0])
+def test_what_is_next_to_impossible_has_a_finite_score(scale: float) -> None:
+    hidden, weight, target = inputs(torch.float32)
+    scaled = (hidden.detach() * scale).requires_grad_()
+    got, spread = linear_logprobs(scaled, weight, target, entropies=True, chunk=4)
+    expected, entropies = dense(scaled.double(), weight.double(), target, 1.0, 1.0)
+    assert expected.min() < -100
+    assert spread is not None
+    torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(spread, entropies.float(), rtol=0, atol=1e-3 * scale / 90)
+    gradients = torch.autograd.grad(got.sum(), (scaled, weight))
+    exact = torch.autograd.grad(expected.sum(), (scaled, weight))
+    torch.testing.assert_close(gradients, exact, rtol=1e-4, atol=1e-3)

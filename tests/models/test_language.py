@@ -279,8 +279,35 @@ def test_the_head_in_chunks_is_the_head(top_p: float) -> None:
         assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(dense, chunked, strict=True)), way
 
 
+# Kills: logits of the states in fp32, or three copies of them, where autocast would have one product in half precision.
+def test_under_autocast_the_head_is_that_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(tiny_config("llama")).float()
+    batch = pack(examples())
+
+    def scores(**attributes: Any) -> list[Tensor]:
+        language = LanguageModel(model)
+        vars(language).update(attributes)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            scored = language(batch, entropies=True)
+        (scored.logps_S * torch.arange(len(scored.logps_S))).sum().backward()
+        assert scored.entropies_S is not None
+        return [scored.logps_S, scored.entropies_S, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        lit_align.models.language, "linear_logprobs", lambda *call: calls.append(call) or linear_logprobs(*call)
+    )
+    expected, got = scores(_plain_head=lambda: False), scores()
+    assert [call[1].dtype for call in calls] == [torch.bfloat16]
+    assert got[0].dtype == torch.float32
+    for theirs, ours in zip(expected, got, strict=True):
+        assert (theirs - ours).abs().max() <= 1e-2 * theirs.abs().max()
+    assert torch.allclose(expected[0], got[0], atol=1e-5)
+
+
 def chunks_of(language: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> tuple[list[tuple], list[int]]:
-    """How many rows of logits are made together and whether all are kept, or with a head that is no mere matrix."""
+    """Rows of logits looked at together and held at once, or made at once by a head that is no mere matrix."""
     by_hand: list[tuple] = []
     checkpointed: list[int] = []
 
@@ -308,7 +335,7 @@ def test_large_logits_are_made_in_chunks_and_it_is_said(
     language.dense_bytes = 4 * VOCABULARY * 10
     with caplog.at_level("INFO"):
         by_hand, checkpointed = chunks_of(language, monkeypatch)
-    assert by_hand == [(10, False)] * 2
+    assert by_hand == [(2**24 // (4 * VOCABULARY), 10)] * 2
     assert checkpointed == []
     assert caplog.text.count("vocabulary head: chunked") == 1
     capped = LanguageModel(model_of(tiny_config("gemma2", **SLIDING["gemma2"])))
@@ -326,7 +353,7 @@ def test_small_logits_are_kept_and_looked_at_in_the_cache(monkeypatch: pytest.Mo
         vars(language).update(attributes)
         return chunks_of(language, monkeypatch)
 
-    rows = 2**24 // (4 * VOCABULARY)
-    assert made(tiny_config("llama")) == ([(rows, True)] * 2, [])
-    assert made(tiny_config("llama"), cached_bytes=4 * VOCABULARY * 10) == ([(10, True)] * 2, [])
+    rows, held = 2**24 // (4 * VOCABULARY), 2**30 // (4 * VOCABULARY)
+    assert made(tiny_config("llama")) == ([(rows, held)] * 2, [])
+    assert made(tiny_config("llama"), cached_bytes=4 * VOCABULARY * 10) == ([(10, held)] * 2, [])
     assert made(tiny_config("cohere", **SLIDING["cohere"])) == ([], [SCORED, SCORED])
