@@ -1,8 +1,8 @@
 """lit_align, timed: `python ours.py METHOD MODEL STEPS key=value ...` prints one JSON line.
 
-The ordinary modules and data modules under a Lightning Trainer; the first two steps are left out. In the first of them
-the products that the model takes are counted. With `profile=true` the rest is profiled and not timed: the share of each
-operation is printed before the line.
+The ordinary modules and data modules under a Lightning Trainer; the first two steps are left out, of PPO the first
+iteration. In the first of them the products that the model takes are counted. With `profile=true` the rest is profiled
+and not timed: the share of each operation is printed before the line.
 """
 
 from __future__ import annotations

@@ -61,7 +61,9 @@ def main() -> None:
     trainer_class, config_class, rows = TRAINERS[method]
     place = str(Path(o["assets"]) / model)
     file = str(Path(o["assets"]) / f"{rows}.jsonl")
-    data = load_dataset("json", data_files=file, split=f"train[:{steps * o['batch']}]")
+    # Packed rows hold several examples each: all there are, that no epoch ends before the last step.
+    rows_needed = "" if more.get("packing") else f"[:{steps * o['batch']}]"
+    data = load_dataset("json", data_files=file, split=f"train{rows_needed}")
     # A batch of GRPO is its answers, four to a prompt.
     more |= (
         {"num_generations": 4, "max_completion_length": o["new_tokens"]}
@@ -82,9 +84,11 @@ def main() -> None:
     )  # fmt: skip
     trainer.train()
     seconds = clock.ended - clock.started
+    packed = trainer.train_dataset["seq_lengths"] if more.get("packing") else [[0]]
+    examples_a_row = sum(map(len, packed)) / len(packed)
     figures = {
         "side": "trl", "method": method, "model": model, "seconds": round(seconds, 3),
-        "examples_per_s": (steps - WARM_UP) * o["batch"] / seconds,
+        "examples_per_s": (steps - WARM_UP) * o["batch"] * examples_a_row / seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "peak_gpu_mb": torch.cuda.max_memory_allocated() >> 20 if cuda else 0,
         "versions": {"torch": torch.__version__, "trl": trl.__version__},

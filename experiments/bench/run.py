@@ -60,10 +60,17 @@ def cases(device: str) -> list[Case]:
         ]
     return [
         Case("sft", "sft", 60, ours=["batch=32"], theirs=["batch=32"]),
+        # A step of TRL's has 32 packed rows, and so more examples than ours; what is compared is examples a second.
         Case("sft_packing", "sft", 60, ours=["batch=32"], theirs=["batch=32", "packing=true"]),
         Case("reward", "reward", 40, ours=["batch=32"], theirs=["batch=32"]),
         Case("dpo", "dpo", 40, ours=["batch=32"], theirs=["batch=32"]),
-        Case("dpo_cached", "dpo", 40, ours=["batch=32", "cached=true"], theirs=["batch=32"]),
+        Case(
+            "dpo_cached",
+            "dpo",
+            40,
+            ours=["batch=32", "cached=true"],
+            theirs=["batch=32", "precompute_ref_log_probs=true"],
+        ),
         Case("ppo", "ppo", 6, "trl-ppo", ["batch=64"], ["batch=64"]),
         Case("grpo", "grpo", 8, "trl", ["batch=64", "new_tokens=64"], ["batch=64", "new_tokens=64"]),
     ]
@@ -81,12 +88,23 @@ def matrix_rate(device: str) -> float:
     """FLOP/s of a large matrix product: the most that a model could do here."""
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
     for _ in range(12):
+        wait()
         started = time.perf_counter()
-        (a @ b).sum().item()
+        torch.mm(a, b)
+        wait()
         times.append(time.perf_counter() - started)
     return 2 * size**3 / statistics.median(times[2:])
+
+
+def commit() -> str:
+    """Of the code that is measured; with a + where files differ from it."""
+    git = ["git", "-C", str(HERE)]
+    done = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", "--", "../../lit_align"], capture_output=True, text=True)
+    return (done.stdout.strip() or "unknown") + "+" * bool(changed.stdout)
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -156,11 +174,12 @@ def main() -> None:
     model = told.model or ("m25" if told.device == "cpu" else "qwen05")
     chosen = [c for c in cases(told.device) if (not told.only or c.name in told.only) and pythons[c.peer]]
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {c.name: {"ours": [], "peer": []} for c in chosen}
-    rate = matrix_rate(told.device)
+    rates: dict[str, list[float]] = {c.name: [] for c in chosen}
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("rounds", total=2 * told.rounds * len(chosen))
         for _ in range(told.rounds):
             for case in chosen:
+                rates[case.name].append(matrix_rate(told.device))
                 size = "m3" if case.method in ("ppo", "grpo") and told.device == "cpu" else model
                 for side, python in (("ours", pythons["ours"]), ("peer", pythons[case.peer])):
                     runs[case.name][side].append(once(case.command(side, str(python), size, common)))
@@ -168,6 +187,7 @@ def main() -> None:
     results = {}
     for case in chosen:
         ours, peer = (summarise(runs[case.name][side]) for side in ("ours", "peer"))
+        rate = statistics.median(rates[case.name])
         results[case.name] = {
             "model": runs[case.name]["ours"][0]["model"],
             "lit_align": ours,
@@ -176,13 +196,14 @@ def main() -> None:
             "memory_ratio": round(ours["peak_mb"] / peer["peak_mb"], 2),
             # Of what the model's products could reach here, no operation beside them taking any time.
             "utilisation": round(ours["gflop_per_example"] * 1e9 * ours["examples_per_s"] / rate, 3),
+            "matrix_product_gflops": round(rate / 1e9, 1),
+            "rounds": told.rounds,
+            "commit": commit(),
         }
     name = torch.cuda.get_device_name() if told.device == "cuda" else f"{torch.get_num_threads()}-core CPU"
     written = {
         "device": name,
         "machine": platform.machine(),
-        "rounds": told.rounds,
-        "matrix_product_gflops": round(rate / 1e9, 1),
         "versions": {c.peer: runs[c.name]["peer"][0]["versions"] for c in chosen}
         | {"lit_align": runs[chosen[0].name]["ours"][0]["versions"]},
         "ratios": {case: r["ratio"] for case, r in results.items()},

@@ -1,7 +1,8 @@
 """What a step costs as sequences, completions and vocabularies grow: `python scaling.py`.
 
 One forward and backward of DPO's log-probabilities on random tokens, packed and prefix-shared beside the same model on
-padded rows in which each answer repeats its prompt. Each point is a process of its own, for its peak memory, and the
+padded rows in which each answer repeats its prompt; along completions also beside the same rankings as pairs, and a
+reward model on both. Each point is a process of its own, for its peak memory, and the
 median of three runs. Writes `results/scaling-<device>.json` and a figure.
 """
 
@@ -20,10 +21,12 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel
+from lit_align.models.rotary import turn_without_copies
+from lit_align.models.scalar import ScalarModel
 from lit_align.models.tree_attention import attend_by_tree
 from lit_align.types import Example, PackedBatch, Segment
 
@@ -35,6 +38,7 @@ AXES: dict[str, list[int]] = {
     "vocabulary": [2_000, 32_000, 128_000],
     "prompts": [4, 8, 16],
 }
+COLORS = {"packed": "#0072B2", "padded": "#D55E00", "pairs": "#9ca3af", "reward": "#009E73", "reward pairs": "#CC79A7"}
 USUAL = {"length": 256, "completions": 2, "vocabulary": 32_000, "prompts": 8}
 
 
@@ -65,22 +69,25 @@ def point(way: str, device: str, **sizes: int) -> dict[str, float]:
     config = LlamaConfig(
         vocab_size=sizes["vocabulary"], max_position_embeddings=4096, tie_word_embeddings=True, **shape
     )
-    model = AutoModelForCausalLM.from_config(config)
+    rewards = way.startswith("reward")
+    config.num_labels = 1
+    model = (AutoModelForSequenceClassification if rewards else AutoModelForCausalLM).from_config(config)
     if way != "padded":
         attend_by_tree(model)
-    language = LanguageModel(model.to(device))
+        turn_without_copies(model)
+    model = ScalarModel(model.to(device)) if rewards else LanguageModel(model.to(device))
     made = examples(**sizes)
-    made = as_pairs(made) if way == "pairs" else made
+    made = as_pairs(made) if way.endswith("pairs") else made
     layout: dict[str, Any] = {"share_prefix": False, "packing": False} if way == "padded" else {"row_tokens": 1024}
     batch = PackedBatch(*(x.to(device) for x in pack(made, **layout)))
     times = []
     for _ in range(4):
         started = time.perf_counter()
-        language(batch).logps_S.sum().backward()
+        (model(batch) if rewards else model(batch).logps_S).sum().backward()
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-        language.zero_grad()
+        model.zero_grad()
     peak = (
         torch.cuda.max_memory_allocated()
         if device == "cuda"
@@ -98,7 +105,7 @@ def figure(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for column, (axis, points) in enumerate(results.items()):
         for row, (measure, unit) in enumerate((("seconds", "seconds"), ("peak_mb", "peak memory, MB"))):
             ax = axes[row][column]
-            for way, color in (("packed", "#0072B2"), ("padded", "#D55E00"), ("pairs", "#9ca3af")):
+            for way, color in COLORS.items():
                 here = [p for p in points if p["way"] == way]
                 if here:
                     ax.plot(
@@ -131,7 +138,7 @@ def main() -> None:
         (axis, {**USUAL, axis: value, "way": way, "device": told.device})
         for axis, values in AXES.items()
         for value in values
-        for way in (("packed", "padded", "pairs") if axis == "completions" and value > 1 else ("packed", "padded"))
+        for way in (COLORS if axis == "completions" and value > 1 else ("packed", "padded"))
     ]
     results: dict[str, list[dict[str, Any]]] = {axis: [] for axis in AXES}
     for axis, options in track(points, "points"):

@@ -86,9 +86,13 @@ ROWS: list[tuple[str, str, Callable[[Summary], str]]] = [
     ("- RLOO", "", share("arithmetic_rl/correct")),
     ("- DPO", "", share("arithmetic_dpo/correct")),
     ("KL from SFT, nats: RLOO", "", value("arithmetic_rl/kl")),
-    ("- DPO", "", value("arithmetic_dpo/kl")),
+    ("KL from SFT, nats: DPO", "", value("arithmetic_dpo/kl")),
     ("seconds of training and sampling: RLOO", "", value("arithmetic_rl/seconds", 0)),
-    ("- DPO", "", lambda s: f"{sum(s[f'arithmetic_{stage}/seconds'] for stage in ('samples', 'pairs', 'dpo')):.0f}"),
+    (
+        "seconds of training and sampling: DPO",
+        "",
+        lambda s: f"{sum(s[f'arithmetic_{stage}/seconds'] for stage in ('samples', 'pairs', 'dpo')):.0f}",
+    ),
     ("seconds in all", "", value("seconds", 0)),
 ]
 
