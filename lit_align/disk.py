@@ -1,12 +1,10 @@
-"""Writing to disk: files that are there whole or as they were, and the cache of what can be computed again."""
+"""Writing to disk: files that are there whole or as they were."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import uuid
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,24 +48,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def cache_folder(name: str) -> Path:
-    """Where a kind of what can be computed again is kept: in LIT_ALIGN_CACHE, or in the cache folder of the user."""
-    return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / name
-
-
-def can_keep(folder: Path, otherwise: str) -> bool:
-    """Whether the cache can be written to, with a warning where it cannot.
-
-    Args:
-        folder: made if it is not there.
-        otherwise: what happens where nothing is kept.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
-    except OSError as error:
-        warnings.warn(f"cannot write to the cache {folder} ({error}): {otherwise}", stacklevel=2)
-        return False

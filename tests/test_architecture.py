@@ -9,16 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lit_align"
 
-# What each room may import; `types, disk <- functional <- data | models <- rollout, rewards <- modules <- ...`.
+# What each room may import; `types, disk, cache <- functional <- data | models <- rollout, rewards <- modules <- ...`.
 BELOW = {
     "types": set(),
     "disk": set(),
+    "cache": set(),
     "functional": {"types"},
-    "data": {"types", "disk", "functional"},
+    "data": {"types", "disk", "cache", "functional"},
     "models": {"types", "disk", "functional"},
     "rollout": {"types", "functional", "data", "models"},
     "rewards": {"types", "functional", "data", "models"},
-    "modules": {"types", "disk", "functional", "models", "rollout", "rewards"},
+    "modules": {"types", "cache", "functional", "models", "rollout", "rewards"},
     "callbacks": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules"},
     "evaluation": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
     "steps": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},

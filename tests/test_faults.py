@@ -11,6 +11,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "faults" / "results"
+
+
+def test_the_committed_table_has_nothing_that_is_not_as_expected() -> None:
+    told = json.loads((RESULTS / "faults.json").read_text())
+    assert len(told["faults"]) == 12
+    assert [fault["fault"] for fault in told["faults"] if fault["wrong"] or not fault["as_expected"]] == []
+    assert all(not count["differ"] and not count["lost_or_torn"] for count in told["modules"].values())
+    table = (RESULTS / "faults.md").read_text()
+    for fault in told["faults"]:
+        assert f"| {fault['fault']} | {fault['told']} | yes |" in table.splitlines()
+    assert f"{told['kills']} kills in all." in table
+    assert "**no**" not in table
 
 
 @pytest.mark.slow

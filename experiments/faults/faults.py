@@ -207,7 +207,8 @@ def worker_killed(place: Path, whole: Whole) -> Fault:
         os.kill(worker, signal.SIGKILL)
     code = waited(pid)
     said = _said(log)
-    return _judged("worker process killed", said, _goes_on(whole, file, out, log), place, code)
+    wrong = [] if "data.num_workers" in said else ["the message does not say what to do"]
+    return _judged("worker process killed", said, [*wrong, *_goes_on(whole, file, out, log)], place, code)
 
 
 def terminated(place: Path, whole: Whole, method: str) -> Fault:

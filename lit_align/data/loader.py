@@ -64,7 +64,7 @@ class Loader:
             collate_fn=_same,
             generator=torch.Generator(),
         )
-        for number, batch in zip(numbers, loader, strict=True):
+        for number, batch in zip(numbers, _received(loader), strict=True):
             # Before the batch is handed out: a checkpoint written while it is trained on counts it as taken.
             if self.position:
                 self.position.batches = number + 1
@@ -88,6 +88,16 @@ def evaluation_batches(count: int, rank: int, world: int, size: int) -> list[ran
     mine = range(rank, count, world)
     batches = min(math.ceil(math.ceil(count / world) / size), count // world)
     return [mine[n * len(mine) // batches : (n + 1) * len(mine) // batches] for n in range(batches)]
+
+
+def _received(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Its batches; a worker that is lost while it hands one over is told as torch tells one lost at other times."""
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        if not loader.num_workers or str(error).startswith("Caught"):  # of the data themselves, in a worker too
+            raise
+        raise RuntimeError(f"DataLoader worker was lost while it handed over a batch: {error!r}") from error
 
 
 def _same(batch: Batch) -> Batch:

@@ -21,9 +21,10 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.cache import cache_folder, can_keep
 from lit_align.data.rows import BadField, BadRow, Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
-from lit_align.disk import cache_folder, can_keep, replacing
+from lit_align.disk import replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_align.disk import cache_folder, can_keep
+from lit_align.cache import cache_folder, can_keep
 from lit_align.models.lora import has_lora
 from lit_align.models.network import Network
 from lit_align.models.reference import ReferenceTable, fingerprint

@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -65,3 +66,27 @@ def test_what_lightning_asks_of_a_loader_that_resumes_in_mid_epoch() -> None:
 def test_an_error_in_a_batch_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         list(Loader(lambda number: 1 // (number - 1), 3))
+
+
+def lost(problem: type[Exception]) -> None:
+    raise problem("by a peer")
+
+
+class Torn:
+    """A batch that breaks where it is received, as tensors do whose worker was killed after it had sent their names."""
+
+    def __init__(self, problem: type[Exception]) -> None:
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Callable[[type[Exception]], None], tuple[type[Exception]]]:
+        return lost, (self.problem,)
+
+
+@pytest.mark.parametrize("problem", [ConnectionResetError, EOFError])
+def test_a_worker_lost_while_it_hands_over_a_batch_is_told_as_one(problem: type[Exception]) -> None:
+    with pytest.raises(RuntimeError, match=f"^DataLoader worker was lost .*{problem.__name__}"):
+        list(Loader(lambda number: Torn(problem), 3, 1))
+    # The data may break so themselves: that is theirs to say.
+    for num_workers in (0, 1):
+        with pytest.raises(problem, match="by a peer"):
+            list(Loader(lambda number: lost(problem), 3, num_workers))
