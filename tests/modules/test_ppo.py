@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -527,6 +528,37 @@ def test_options_that_do_not_go_together_are_refused_in_one_line(place: Path, op
     with pytest.raises(ValueError, match=message) as error:
         module(place, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("epochs", 0, "at least 1"),
+        ("mini_batches", 0, "at least 1"),
+        ("micro_batch_size", 0, "at least 1"),
+        ("micro_batch_tokens", 0, "at least 1, or null"),
+        ("max_grad_norm", 0.0, "above 0, or null"),
+        ("ptx_coef", -1.0, "at least 0"),
+        ("clip", 0.0, "above 0"),
+        ("clip_high", -0.1, "above 0, or null"),
+        ("dual_clip", 1.0, "above 1, or null"),
+        ("value_clip", 0.0, "above 0, or null"),
+        ("value_coef", -0.1, "at least 0"),
+        ("value_lr", -1e-5, "at least 0, or null"),
+        ("value_warmup", -1, "at least 0"),
+        ("discount", 1.1, r"in \[0, 1\]"),
+        ("lambda_", -0.1, r"in \[0, 1\]"),
+        ("kl_coef", math.nan, "at least 0"),
+        ("kl_target", 0.0, "above 0, or null"),
+        ("kl_horizon", 0, "above 0"),
+        ("target_kl", -1.0, "above 0, or null"),
+        ("missing_eos_penalty", -1.0, "at least 0"),
+        ("reward_clip", 0.0, "above 0, or null"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option: str, value: float, accepted: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.{option} must be {accepted}, got {value}$"):
+        PPOModule(Network("nowhere"), FunctionReward(len), **{option: value})
 
 
 @pytest.mark.parametrize("advantage", ["reinforce++", "remax"])
