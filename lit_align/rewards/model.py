@@ -70,7 +70,7 @@ class ModelReward(Reward):
         scores = []
         for part in rollout.split(whole_prompts):
             batch = PackedBatch(*(x.to(device) for x in pack(self._examples(part))))
-            scores.append(self.model.rewards(batch).float().cpu())
+            scores.append(self.model.rewards(batch).float())
         return torch.cat(scores)
 
     def _examples(self, rollout: Rollout) -> list[Example]:
