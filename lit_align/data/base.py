@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lit_align.data.chat import ChatEncoder, Turns
+from lit_align.data.chat import ChatEncoder, Turns, load_encoder
 from lit_align.data.fit import Truncate, over_budget
 from lit_align.data.loader import Loader, Position, evaluation_batches
 from lit_align.data.mixture import Timeline, check_resumed, order_of, report
@@ -51,6 +51,8 @@ class TextDataModule(LightningDataModule):
         share_prefix: compute a prompt once for all its answers.
         packing: put several examples in a row.
         cache_dir: where tokenised data is kept; null for the cache folder of the user, "none" for no cache.
+        trust_remote_code: run tokenizer code that comes with the model.
+        revision: hub revision of the tokenizer.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class TextDataModule(LightningDataModule):
         share_prefix: bool = True,
         packing: bool = True,
         cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -85,7 +89,7 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"micro_batch_tokens must be at least 2, or null, got {micro_batch_tokens}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.trust_remote_code, self.revision = tokenizer, trust_remote_code, revision
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.val_fraction = val_fraction
         self.batch_size = batch_size
@@ -242,15 +246,8 @@ class TextDataModule(LightningDataModule):
 
     def _encoder(self) -> ChatEncoder:
         if self.encoder is None:
-            name = expand(self.tokenizer_name)
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
-                    f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
-                ) from error
-            self.encoder = ChatEncoder(tokenizer, self.chat_template, self.turns)
+            options = self.chat_template, self.turns, self.trust_remote_code, self.revision
+            self.encoder = load_encoder(expand(self.tokenizer_name), *options)
         return self.encoder
 
     def _build(self, source: Source) -> Store:

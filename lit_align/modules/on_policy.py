@@ -74,11 +74,13 @@ class OnPolicyModule(PolicyModule):
 
     def load_rewards(self) -> None:
         """Load what scores answers, frozen."""
+        # The data's is the policy's with the chat template that prompts are written in.
+        tokenizer = getattr(self.datamodule, "tokenizer", None) or self.tokenizer
         for reward in (self.reward, *self.monitors.values()):
             for part in reward.modules():
                 if isinstance(part, Reward):
                     part.attach(self.policy)
-            reward.load(self.tokenizer)
+            reward.load(tokenizer)
             reward.requires_grad_(False)
 
     def configure_callbacks(self) -> list[Any]:

@@ -242,6 +242,19 @@ def test_a_reward_model_may_have_a_tokenizer_of_its_own(place: Path) -> None:
     assert reward(rollout).item() == pytest.approx((plain - 0.3) / 2.0, abs=1e-5)
 
 
+# Kills: the template of the policy's folder, where the prompts are written in that of the data.
+def test_a_reward_is_told_the_template_of_the_prompts(place: Path) -> None:
+    told = []
+
+    class Told(FunctionReward):
+        def load(self, tokenizer: Any) -> None:
+            told.append(tokenizer.chat_template)
+
+    template = load_tokenizer(str(place / "model")).chat_template + "{# another #}"
+    fit(module(place, Told(echo)), data(place, chat_template=template), max_epochs=1)
+    assert told == [template]
+
+
 @pytest.mark.parametrize(
     ("scores", "message"), [([1.0], "returned .* scores for"), ([float("nan")] * 12, "returned nan for 12")]
 )
