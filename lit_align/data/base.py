@@ -221,8 +221,12 @@ class TextDataModule(LightningDataModule):
 
     def training_items(self, limit: int) -> list[Item]:
         """The first examples that training will see."""
-        order = self._training_order()
-        return [self._stores["train"][s][i] for s, i in (order[n] for n in range(min(limit, len(order))))]
+        return [self.training_item(n) for n in range(min(limit, len(self._training_order())))]
+
+    def training_item(self, number: int) -> Item:
+        """An example of training by its place in the order, which has no end."""
+        source, item = self._training_order()[number]
+        return self._stores["train"][source][item]
 
     def longest_item(self) -> Item:
         """The training example with the most tokens, all its answers counted."""
@@ -310,12 +314,12 @@ class TextDataModule(LightningDataModule):
     def _train_batch(self, number: int) -> Any:
         """The number-th batch of this rank, or a list of its micro-batches: ranks share one global batch evenly."""
         order, size = self._training_order(), self.batch_size * self._world
-        refs = [order[number * size + i] for i in range(size)]
+        first = number * size
         if not self._sorts_by_length:
-            return self.collate([self._stores["train"][source][item] for source, item in refs])
-        lengths = [int(self._lengths[source][item]) for source, item in refs]
+            return self.collate([self.training_item(first + i) for i in range(size)])
+        lengths = [int(self._lengths[source][item]) for source, item in (order[first + i] for i in range(size))]
         split = balance(lengths, self._world)
-        items = [self._stores["train"][source][item] for source, item in (refs[i] for i in split[self._rank])]
+        items = [self.training_item(first + i) for i in split[self._rank]]
         if (room := self.micro_batch_tokens) is None:
             return self.collate(items)
         # As many micro-batches on every process: a model that is spread over them waits for all at each.
