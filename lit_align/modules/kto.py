@@ -48,8 +48,8 @@ class ReferencePointModule(ReferencedModule):
     def setup(self, stage: str) -> None:
         """Ask the data for prompts with answers to others."""
         super().setup(stage)
-        if self.kto and stage == "fit" and hasattr(self.datamodule, "mismatched"):
-            self.datamodule.mismatched = True
+        if stage == "fit" and hasattr(self.datamodule, "mismatched"):
+            self.datamodule.mismatched = self.kto
 
     @torch.no_grad()
     def look_at_mismatched(self, batch: PreferenceBatch) -> None:
