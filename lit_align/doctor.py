@@ -12,11 +12,12 @@ from lightning import LightningDataModule, LightningModule, Trainer
 
 from lit_align.data.base import TextDataModule
 from lit_align.data.prompt import PromptDataModule
+from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.modules.base import AlignModule
 from lit_align.modules.dpo import DPOModule
 from lit_align.modules.memory import MIB, memory_budget
 from lit_align.modules.ppo import PPOModule
-from lit_align.types import Example, PreferenceBatch
+from lit_align.types import Completion, Example, PreferenceBatch, Rollout
 
 # Examples that are looked at one by one.
 SAMPLE = 512
@@ -161,14 +162,17 @@ def reference(module: DPOModule, data: TextDataModule) -> Iterator[Finding]:
         return
     batch: PreferenceBatch = module.transfer_batch_to_device(data.collate(data.training_items(2)), module.device, 0)
     module.eval()
-    packed = batch.packed
-    gap = (module.policy(packed).sums(packed) - module.reference_sums(batch)).abs().max().item()
+    gap = module.policy(batch.packed).sums(batch.packed) - module.reference_sums(batch)
     module.train()
+    yield agreement(gap.abs().max().item())
+
+
+def agreement(gap: float) -> Finding:
+    """Whether policy and reference are one model, by their largest difference on an answer, in nats."""
     if gap < 1e-2:
-        yield Finding("ok", "reference", f"equals the policy before training, to {gap:.1e} nats an answer")
-    else:
-        says = f"differs from the policy before training, by up to {gap:.2f} nats an answer"
-        yield Finding("look", "reference", f"{says}: leave model.reference out, unless that is meant")
+        return Finding("ok", "reference", f"equals the policy before training, to {gap:.1e} nats an answer")
+    says = f"differs from the policy before training, by up to {gap:.2f} nats an answer"
+    return Finding("look", "reference", f"{says}: leave model.reference out, unless that is meant")
 
 
 def longest(module: AlignModule, data: TextDataModule) -> Iterator[Finding]:
@@ -182,7 +186,7 @@ def longest(module: AlignModule, data: TextDataModule) -> Iterator[Finding]:
 
 
 def rollout(module: PPOModule, data: TextDataModule) -> Iterator[Finding]:
-    """Two prompts answered and scored."""
+    """Two prompts answered and scored; policy and reference on the answers; the longest prompt with long answers."""
     batch = data.collate(data.training_items(2))
     sampling = replace(module.sampling, max_new_tokens=min(module.sampling.max_new_tokens, 32))
     answered = module.answer(batch, sampling, seed=0)
@@ -191,11 +195,25 @@ def rollout(module: PPOModule, data: TextDataModule) -> Iterator[Finding]:
     says = f"{len(lengths)} answers of up to {max(lengths)} tokens, rewards {scores.min():.2f} to {scores.max():.2f}"
     yield Finding("ok", "rollout", says)
     packed = module.packed(answered)
+    module.eval()
+    with torch.no_grad():
+        gap_S = module.policy(packed).logps_S - module.reference_logps(packed)
+    yield agreement(sum_by_sequence(gap_S, packed.sequence_S, packed.num_sequences).abs().max().item())
+    prompt = data.collate([data.longest_item()])
+    packed = module.packed(stretched(module.answer(prompt, sampling, seed=0), module.sampling.max_new_tokens))
     module.train()
-    scored, _ = module(packed)
-    scored.logps_S.sum().backward()
-    yield from gradients(f"these answers, {len(scored.logps_S):,} sampled tokens", module.policy)
+    scored, values_S = module(packed)
+    # Both, as training does: a value of its own is no parameter without a gradient.
+    (scored.logps_S.sum() + (0.0 if values_S is None else values_S.sum())).backward()
+    answers = f"{packed.num_sequences} answers of {module.sampling.max_new_tokens:,} tokens"
+    yield from gradients(f"the longest prompt, {len(prompt.prompts[0]):,} tokens, with {answers}", module)
     module.zero_grad()
+
+
+def stretched(answered: Rollout, tokens: int) -> Rollout:
+    """The same with answers as long as they may be: what they say is said again."""
+    completions = [Completion((c.tokens * tokens)[:tokens], finished=False) for c in answered.completions]
+    return answered._replace(completions=completions)
 
 
 def gradients(what: str, module: torch.nn.Module) -> Iterator[Finding]:

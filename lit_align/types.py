@@ -97,6 +97,7 @@ class PreferenceBatch(NamedTuple):
         share_P: share of several people who prefer the first of each two answers to a prompt, a tie counting half; in
             the order 12, 13, ... 23, ... NaN where the ranks are all there is; None if they are for the whole batch.
         grade_Q: what the annotator gives each answer, higher is better; NaN where it has none, None if none has.
+        mismatched: each prompt with the answers to another one, for the reference point of KTO; None unless asked for.
     """
 
     packed: PackedBatch
@@ -105,6 +106,7 @@ class PreferenceBatch(NamedTuple):
     key_E: Tensor | None = None
     share_P: Tensor | None = None
     grade_Q: Tensor | None = None
+    mismatched: PackedBatch | None = None
 
     @property
     def every_grade_Q(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_a_run_that_is_well(method: str, examined: Examined, tmp_path: Path) -> 
     levels, printed = examined(method)
     assert set(levels.values()) == {"ok"}, printed
     assert {"truncation", "validation", "beginning", "memory", "gradient"} <= levels.keys()
-    assert ("reference" in levels) == (method == "dpo")
+    assert ("reference" in levels) == (method in ("dpo", "ppo"))
     assert ("rollout" in levels) == (method == "ppo")
     assert ("stop token" in levels) == (method != "ppo")
     # It looks, and leaves nothing.
@@ -116,6 +117,20 @@ def test_a_reference_that_is_another_model(examined: Examined, tmp_path: Path) -
     other = tiny_folder(tmp_path / "other", seed=1)
     assert examined("dpo", model={"reference": {"name": other}})[0]["reference"] == "look"
     assert "reference" not in examined("dpo", model={"loss": "simpo"})[0]
+
+
+# Kills: no backward through the values; through the two prompts that are answered and not the longest one.
+@pytest.mark.parametrize("value", ["head", "own", "shared"])
+def test_ppo_on_the_longest_prompt_with_the_longest_answers(value: str, examined: Examined, tmp_path: Path) -> None:
+    name, lora = str(tmp_path / "model"), {"r": 2}
+    init: dict[str, Any] = {} if value == "head" else {"value": {"name": name}}
+    if value == "shared":
+        init = {"network": {"name": name, "lora": lora}, "value": {"name": name, "lora": lora, "shared": True}}
+    levels, printed = examined("ppo", model=init)
+    assert levels["gradient"] == levels["reference"] == "ok", printed
+    assert re.search(r"the longest prompt, \d+ tokens, with 2 answers of 6 tokens", printed)
+    other = tiny_folder(tmp_path / "other", seed=1)
+    assert examined("ppo", model={"reference": {"name": other}})[0]["reference"] == "look"
 
 
 def test_weights_that_are_not_numbers(examined: Examined, parts: tuple[str, Path]) -> None:

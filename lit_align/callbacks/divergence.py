@@ -8,6 +8,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+NOT_FINITE = "lower the learning rate, clip gradients at a lower norm, or compute in bf16-mixed where it was fp16"
+
 
 class Diverged(ValueError):
     """The run was stopped; the message says by which number, and where its last checkpoint lies."""
@@ -45,14 +47,14 @@ class DivergenceGuard(Callback):
         for name in ("train/loss", "ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm"):
             value = _logged(trainer, name)
             if value is not None and not math.isfinite(value):
-                self._stop(trainer, f"{name} is {value}: lower the learning rate, or clip gradients")
+                self._stop(trainer, f"{name} is {value}: {NOT_FINITE}")
         if self.length is not None and self.first_length is None:
             self.first_length = _logged(trainer, "ppo/length")
         longest = None if self.length is None or self.first_length is None else self.length * self.first_length
-        for name, limit, above in (
-            ("ppo/kl", self.kl, True),
-            ("ppo/entropy", self.entropy, False),
-            ("ppo/length", longest, True),
+        for name, limit, above, way_out in (
+            ("ppo/kl", self.kl, True, "raise model.kl_coef, or lower the learning rate"),
+            ("ppo/entropy", self.entropy, False, "raise model.clip_high or model.kl_coef, or lower the learning rate"),
+            ("ppo/length", longest, True, "set model.missing_eos_penalty, or see whether the reward pays for length"),
         ):
             value = None if limit is None else _logged(trainer, name)
             if limit is None or value is None:
@@ -61,7 +63,7 @@ class DivergenceGuard(Callback):
             self.crossed[name] = self.crossed.get(name, 0) + 1 if outside else 0
             if self.crossed[name] >= self.patience:
                 side = "above" if above else "below"
-                self._stop(trainer, f"{name} is {value:.4g}, {side} {limit:.4g}: raise kl_coef, or stop earlier")
+                self._stop(trainer, f"{name} is {value:.4g}, {side} {limit:.4g}: {way_out}")
 
     def _stop(self, trainer: Trainer, why: str) -> None:
         checkpoint: Any = trainer.checkpoint_callback

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lit_align.data.chat import ChatEncoder, Turns
+from lit_align.data.chat import ChatEncoder, Turns, load_encoder
 from lit_align.data.fit import Truncate, over_budget
 from lit_align.data.loader import Loader, Position, evaluation_batches
 from lit_align.data.mixture import Timeline, check_resumed, order_of, report
@@ -51,6 +51,8 @@ class TextDataModule(LightningDataModule):
         share_prefix: compute a prompt once for all its answers.
         packing: put several examples in a row.
         cache_dir: where tokenised data is kept; null for the cache folder of the user, "none" for no cache.
+        trust_remote_code: run tokenizer code that comes with the model.
+        revision: hub revision of the tokenizer.
     """
 
     def __init__(
@@ -75,6 +77,8 @@ class TextDataModule(LightningDataModule):
         share_prefix: bool = True,
         packing: bool = True,
         cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         val_batch_size = batch_size if val_batch_size is None else val_batch_size
@@ -85,7 +89,7 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"micro_batch_tokens must be at least 2, or null, got {micro_batch_tokens}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
-        self.tokenizer_name = tokenizer
+        self.tokenizer_name, self.trust_remote_code, self.revision = tokenizer, trust_remote_code, revision
         self.sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.val_fraction = val_fraction
         self.batch_size = batch_size
@@ -217,8 +221,12 @@ class TextDataModule(LightningDataModule):
 
     def training_items(self, limit: int) -> list[Item]:
         """The first examples that training will see."""
-        order = self._training_order()
-        return [self._stores["train"][s][i] for s, i in (order[n] for n in range(min(limit, len(order))))]
+        return [self.training_item(n) for n in range(min(limit, len(self._training_order())))]
+
+    def training_item(self, number: int) -> Item:
+        """An example of training by its place in the order, which has no end."""
+        source, item = self._training_order()[number]
+        return self._stores["train"][source][item]
 
     def longest_item(self) -> Item:
         """The training example with the most tokens, all its answers counted."""
@@ -242,15 +250,8 @@ class TextDataModule(LightningDataModule):
 
     def _encoder(self) -> ChatEncoder:
         if self.encoder is None:
-            name = expand(self.tokenizer_name)
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
-                    f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
-                ) from error
-            self.encoder = ChatEncoder(tokenizer, self.chat_template, self.turns)
+            options = self.chat_template, self.turns, self.trust_remote_code, self.revision
+            self.encoder = load_encoder(expand(self.tokenizer_name), *options)
         return self.encoder
 
     def _build(self, source: Source) -> Store:
@@ -313,12 +314,12 @@ class TextDataModule(LightningDataModule):
     def _train_batch(self, number: int) -> Any:
         """The number-th batch of this rank, or a list of its micro-batches: ranks share one global batch evenly."""
         order, size = self._training_order(), self.batch_size * self._world
-        refs = [order[number * size + i] for i in range(size)]
+        first = number * size
         if not self._sorts_by_length:
-            return self.collate([self._stores["train"][source][item] for source, item in refs])
-        lengths = [int(self._lengths[source][item]) for source, item in refs]
+            return self.collate([self.training_item(first + i) for i in range(size)])
+        lengths = [int(self._lengths[source][item]) for source, item in (order[first + i] for i in range(size))]
         split = balance(lengths, self._world)
-        items = [self._stores["train"][source][item] for source, item in (refs[i] for i in split[self._rank])]
+        items = [self.training_item(first + i) for i in split[self._rank]]
         if (room := self.micro_batch_tokens) is None:
             return self.collate(items)
         # As many micro-batches on every process: a model that is spread over them waits for all at each.

@@ -11,9 +11,9 @@ tokenizer's end of sequence is added to every answer.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_align.data.rows import BadField
 from lit_align.types import Segment
@@ -52,8 +52,8 @@ class ChatEncoder:
         self.turns = turns
         if chat_template is not None:
             tokenizer.chat_template = chat_template
-        elif tokenizer.chat_template is None:
-            tokenizer.chat_template = ("{{ bos_token }}" if self._begins_text else "") + PLAIN_TEMPLATE
+        else:
+            tokenizer.chat_template = template_of(tokenizer)
         self._template_stop = self._find_stop()
         if not self.stop_ids:
             raise ValueError(
@@ -204,5 +204,35 @@ class ChatEncoder:
 
     @cached_property
     def _begins_text(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+        return begins_text(self.tokenizer)
+
+
+def load_encoder(
+    name: str, chat_template: str | None, turns: Turns, trust_remote_code: bool, revision: str | None
+) -> ChatEncoder:
+    """The encoder of a folder or a hub name; see `TextDataModule`.
+
+    Raises:
+        ValueError: no such tokenizer, or one that `ChatEncoder` refuses.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
+            f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
+        ) from error
+    return ChatEncoder(tokenizer, chat_template, turns)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer's chat template, or the plain one if it has none."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    return ("{{ bos_token }}" if begins_text(tokenizer) else "") + PLAIN_TEMPLATE
+
+
+def begins_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a BOS token before text."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

@@ -41,6 +41,7 @@ class PreferenceDataModule(TextDataModule):
     def __init__(self, tokenizer: str, train: list[Source], keep_ties: bool = False, **options: Any) -> None:
         super().__init__(tokenizer, train, **options)
         self.keep_ties = keep_ties
+        self.mismatched = False  # whether batches have that part; DPOModule asks for it, with KTO
         if keep_ties:
             self.encoding = {"keep_ties": True}
 
@@ -78,10 +79,30 @@ class PreferenceDataModule(TextDataModule):
         branches = [encoder.answer(prompt, answer, end) for answer, end in zip(answers, finished, strict=True)]
         return fit(Example(Segment(ids, [False] * len(ids)), branches), self.max_length, self.truncate, tally, self.bos)
 
+    def training_item(self, number: int) -> Item:
+        """An example by its place in the order; where asked for, beside it its prompt with answers to another.
+
+        They are those of the next example that has another prompt, so that what is compared does not depend on batches,
+        micro-batches and processes. They come on top of `micro_batch_tokens`, as they need no backward.
+
+        Raises:
+            ValueError: there is one prompt in all.
+        """
+        item = super().training_item(number)
+        if not self.mismatched:
+            return item
+        following = map(super().training_item, range(number + 1, number + 1 + len(self._training_order())))
+        other = next((other for other in following if other.group != item.group), None)
+        if other is None:
+            raise ValueError("KTO compares prompts with each other's answers, and the training data has one prompt")
+        pair = Example(item.example.trunk, other.example.branches)
+        return item._replace(mismatched=fit(pair, self.max_length, "prompt", Tally(), self.bos))
+
     def collate(self, items: Sequence[Item]) -> PreferenceBatch:
-        """Packed rows, with the rank and the margin of each answer, and shares and grades if any item has them."""
+        """Packed rows, with the rank and the margin of each answer, and what else items have."""
         shares = [item.shares or [math.nan] * math.comb(len(item.ranks), 2) for item in items]
         grades = [item.grades or [math.nan] * len(item.ranks) for item in items]
+        mismatched = [item.mismatched for item in items if item.mismatched is not None]
         return PreferenceBatch(
             self.pack([item.example for item in items]),
             _flat([item.ranks for item in items]),
@@ -89,6 +110,7 @@ class PreferenceDataModule(TextDataModule):
             torch.tensor([_key(item.example) for item in items]),
             _flat(shares) if any(item.shares for item in items) else None,
             _flat(grades) if any(item.grades for item in items) else None,
+            self.pack(mismatched) if mismatched else None,
         )
 
 

@@ -34,7 +34,7 @@ class PromptDataModule(TextDataModule):
         if self.micro_batch_tokens is not None or (ptx is not None and ptx.micro_batch_tokens is not None):
             raise ValueError(
                 "data.micro_batch_tokens is not for prompts: micro-batches are made of answers, which are sampled "
-                "later; set model.micro_batch_size"
+                "later; set model.micro_batch_size or model.micro_batch_tokens"
             )
         self.ptx = ptx
 

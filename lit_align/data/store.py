@@ -57,6 +57,7 @@ class Item(NamedTuple):
         row: the row it came from, for rewards; empty where it is not kept.
         shares: of people who prefer the first of every two branches (12, 13, ... 23, ...); empty for ranks alone.
         grades: of its branches, by the annotator, higher is better; empty where there are none. Rows call them scores.
+        mismatched: its trunk with the branches of another item; made where it is needed, and never stored.
     """
 
     example: Example
@@ -66,6 +67,7 @@ class Item(NamedTuple):
     row: Row
     shares: Sequence[float] = ()
     grades: Sequence[float] = ()
+    mismatched: Example | None = None
 
 
 Encode = Callable[[Row, Tally], Iterable[Item]]

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, load_causal_lm, load_tokenizer
 from lit_align.models.load import device_of
-from lit_align.rollout import Sampling, TransformersEngine
+from lit_align.rollout import Sampling, TransformersEngine, as_rollout, stop_tokens
 from lit_align.types import PackedBatch, Rollout
 
 
@@ -34,19 +33,8 @@ class Policy:
         self, prompts: Sequence[Tensor], rows: Sequence[dict[str, Any]], sampling: Sampling, seed: int
     ) -> Rollout:
         """Sample answers; `prompts` are token ids."""
-        stops = self.model.hf.generation_config.eos_token_id
-        stop_ids = {*(stops if isinstance(stops, list) else [stops]), self.tokenizer.eos_token_id} - {None}
-        answers = TransformersEngine()(self.model, prompts, sampling, sorted(stop_ids), seed)
-        completions = [completion for given in answers for completion in given]
-        texts = self.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-        k = sampling.samples
-        return Rollout(
-            [prompt for prompt in prompts for _ in range(k)],
-            [row for row in rows for _ in range(k)],
-            completions,
-            [text.strip() for text in texts],
-            k,
-        )
+        answers = TransformersEngine()(self.model, prompts, sampling, stop_tokens(self.model, self.tokenizer), seed)
+        return as_rollout(prompts, rows, answers, self.tokenizer)
 
     @torch.no_grad()
     def logps(self, rollout: Rollout, batch_size: int = 128) -> Tensor:
@@ -56,7 +44,7 @@ class Policy:
         for first in range(0, rollout.num_sequences, step):
             part = rollout.pick(range(first, min(first + step, rollout.num_sequences)))
             batch = PackedBatch(*(x.to(self.device) for x in pack(part.examples())))
-            sums.append(sum_by_sequence(self.model(batch).logps_S, batch.sequence_S, batch.num_sequences))
+            sums.append(self.model(batch).sums(batch))
         return torch.cat(sums).cpu()
 
 

@@ -24,8 +24,8 @@ from lit_align.data.files import open_files, read_rows
 from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_of, prompt_of, text_of
 from lit_align.data.source import OnBadRow
 from lit_align.disk import replacing
-from lit_align.evaluation.policies import device_of
 from lit_align.models import load_tokenizer
+from lit_align.models.load import device_of
 from lit_align.rewards import Reward
 from lit_align.types import Completion, Rollout
 
@@ -151,7 +151,7 @@ class Selection:
 
     @torch.no_grad()
     def _rewards(self, batch: list[Sampled]) -> Tensor:
-        return self.reward(_rollout(batch)).cpu()
+        return self.reward(_rollout(batch))
 
 
 class BestOfN(Selection):

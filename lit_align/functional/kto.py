@@ -42,9 +42,8 @@ def kto_loss(
     Args:
         log_ratio_Q: log policy / reference of each answer. Shape (Q,).
         verdict_Q: see `verdicts`; 0 gives the loss 0. Shape (Q,).
-        reference_point: z, an estimate of KL(policy || reference), at least 0 and without gradient. The paper's is a
-            mean over answers of the micro-batch under each other's prompts, so its loss depends on who shares the
-            micro-batch; `DPOModule` says what it takes instead.
+        reference_point: z, an estimate of KL(policy || reference), at least 0 and without gradient: the mean log-ratio
+            of prompts with answers to *other* prompts. That of the answers themselves would be their mean reward.
         beta: how fast the loss saturates on both sides of z.
         desirable_weight: lambda_D.
         undesirable_weight: lambda_U.

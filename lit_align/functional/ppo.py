@@ -121,7 +121,7 @@ def off_policy_drift(logps_S: Tensor, sampled_S: Tensor) -> tuple[Tensor, Tensor
     """How far the policy that is trained is from what its engine drew from, though both should be one.
 
     Other kernels, another precision or a cache in another order move every log-probability a little; weights that were
-    not taken over, or a temperature that one of both does not know, move them a lot.
+    not taken over, or a temperature that one of the two does not know, move them a lot.
 
     Args:
         logps_S: log-probabilities of the sampled tokens by the policy before the first step. Shape (S,).

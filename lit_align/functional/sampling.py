@@ -20,7 +20,8 @@ def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
         generator: on the device of `probs_BV`.
 
     Returns:
-        Token ids, shape (B,); never one of probability 0.
+        Token ids, shape (B,); never one of probability 0. Of a row with a NaN any token, for the caller to refuse: an
+        index outside the row would end the CUDA context, and to look for one here would wait for the device.
     """
     # Sums of 100,000 fp32 numbers are off in the fourth digit of the small ones; only MPS has nothing better.
     dtype = torch.float32 if probs_BV.device.type == "mps" else torch.float64
@@ -29,13 +30,14 @@ def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     mass_BK = probs_BKC.sum(-1).to(dtype)
     before_BK = mass_BK.cumsum(-1)
     point_B1 = _inside(uniform_B1 * before_BK[:, -1:], before_BK[:, -1:])
-    block_B1 = torch.searchsorted(before_BK, point_B1, right=True)
+    block_B1 = torch.searchsorted(before_BK, point_B1, right=True).clamp(max=before_BK.shape[1] - 1)
     point_B1 = point_B1 - (before_BK - mass_BK).gather(1, block_B1)
     cumulative_BC = probs_BKC[torch.arange(len(probs_BV), device=probs_BV.device), block_B1[:, 0]].cumsum(
         -1, dtype=dtype
     )
     point_B1 = _inside(point_B1.clamp(min=0.0), cumulative_BC[:, -1:])
-    return (block_B1 * BLOCK + torch.searchsorted(cumulative_BC, point_B1, right=True))[:, 0]
+    token_B1 = block_B1 * BLOCK + torch.searchsorted(cumulative_BC, point_B1, right=True)
+    return token_B1[:, 0].clamp(max=probs_BV.shape[1] - 1)
 
 
 def _inside(point_B1: Tensor, total_B1: Tensor) -> Tensor:

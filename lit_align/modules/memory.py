@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,10 +55,10 @@ def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Ro
 
     Args:
         module: its children are the roles; adapters that one has on the backbone of another are its own.
-        optimizers: of the Adam family's the state is two numbers a parameter, of others none is assumed.
+        optimizers: whose state is counted; see `state_numbers`.
     """
     states = {
-        id(parameter): 2 if "adam" in type(optimizer).__name__.lower() else 0
+        id(parameter): state_numbers(optimizer, group)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
@@ -77,6 +77,20 @@ def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Ro
         counts = sum(p.numel() for p in own), sum(p.numel() for p in trained)
         roles.append(RoleMemory(role, *counts, sum(map(_bytes, own)), training))
     return roles
+
+
+def state_numbers(optimizer: Optimizer, group: Mapping[str, Any]) -> int:
+    """Numbers that an optimizer keeps of each parameter of a group; 0 where its kind is not known.
+
+    Adafactor keeps those of a row and a column of each matrix, which are few: it counts as 0.
+    """
+    name = type(optimizer).__name__.lower()
+    if "adam" in name or name in ("adadelta", "lamb", "rprop"):
+        return 2 + bool(group.get("amsgrad"))
+    momentum = bool(group.get("momentum"))
+    if name in ("rmsprop", "adagrad"):
+        return 1 + momentum + bool(group.get("centered"))
+    return int(momentum or name in ("lion", "asgd"))
 
 
 def _bytes(parameter: torch.Tensor) -> int:

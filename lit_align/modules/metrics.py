@@ -8,12 +8,16 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lit_align.functional.interval import clustered_share
-from lit_align.functional.reward import RankedPairs
 from lit_align.types import PackedBatch
 
 
+def hits(better_P: Tensor, worse_P: Tensor) -> Tensor:
+    """Of each pair 1 where the better answer scores higher, a half where both score the same, else 0. Shape (P,)."""
+    return (better_P > worse_P).float() + 0.5 * (better_P == worse_P).float()
+
+
 class PairAccuracy(Metric):
-    """Share of pairs whose better answer scores higher; equal scores count half.
+    """Share of pairs whose better answer scores higher; see `hits` for equal scores.
 
     `compute` gives the share and its 95 % interval, clustered by prompt.
     """
@@ -27,13 +31,12 @@ class PairAccuracy(Metric):
         self.add_state("hits", [], dist_reduce_fx="cat")
         self.add_state("counts", [], dist_reduce_fx="cat")
 
-    def update(self, score_Q: Tensor, pairs: RankedPairs, num_examples: int) -> None:
-        """Count the pairs of a batch."""
-        gap_P = score_Q[pairs.better_P] - score_Q[pairs.worse_P]
-        hit_P = (gap_P > 0).float() + 0.5 * (gap_P == 0).float()
+    def update(self, better_P: Tensor, worse_P: Tensor, example_P: Tensor, num_examples: int) -> None:
+        """Count the pairs of a batch, by the scores of their answers and their examples."""
+        hit_P = hits(better_P, worse_P)
         zeros_E = hit_P.new_zeros(num_examples)
-        self.hits.append(zeros_E.index_add(0, pairs.example_P, hit_P))
-        self.counts.append(zeros_E.index_add(0, pairs.example_P, torch.ones_like(hit_P)))
+        self.hits.append(zeros_E.index_add(0, example_P, hit_P))
+        self.counts.append(zeros_E.index_add(0, example_P, torch.ones_like(hit_P)))
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Share, lower and upper end."""

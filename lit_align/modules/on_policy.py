@@ -14,6 +14,7 @@ from lit_align.functional.packing import best_fit_decreasing, pack, split_bins
 from lit_align.functional.ppo import off_policy_drift
 from lit_align.functional.sft import sft_loss
 from lit_align.models.network import Network
+from lit_align.modules.options import check_on_policy
 from lit_align.modules.policy import PolicyModule
 from lit_align.rewards import Reward
 from lit_align.types import PackedBatch, PromptBatch, Rollout
@@ -55,8 +56,6 @@ class OnPolicyModule(PolicyModule):
     ) -> None:
         super().__init__(network, **options)
         self.automatic_optimization = False
-        if self.sampling.temperature == 0:
-            raise ValueError("PPO explores by sampling: set sampling.temperature above 0")
         self.reward = reward
         self.monitors: Any = nn.ModuleDict(monitors or {})
         self.reference_network = reference
@@ -65,6 +64,7 @@ class OnPolicyModule(PolicyModule):
         self.max_grad_norm, self.ptx_coef = max_grad_norm, ptx_coef
         self.optimizer_steps_per_batch = epochs * mini_batches
         self.iteration = 0
+        check_on_policy(self)
 
     def configure_model(self) -> None:
         """Load the policy and its reference, once."""
@@ -74,11 +74,13 @@ class OnPolicyModule(PolicyModule):
 
     def load_rewards(self) -> None:
         """Load what scores answers, frozen."""
+        # The data's is the policy's with the chat template that prompts are written in.
+        tokenizer = getattr(self.datamodule, "tokenizer", None) or self.tokenizer
         for reward in (self.reward, *self.monitors.values()):
             for part in reward.modules():
                 if isinstance(part, Reward):
                     part.attach(self.policy)
-            reward.load(self.tokenizer)
+            reward.load(tokenizer)
             reward.requires_grad_(False)
 
     def configure_callbacks(self) -> list[Any]:

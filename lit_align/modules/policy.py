@@ -15,8 +15,8 @@ from lit_align.models.lora import adapters_off, has_lora, without_dropout
 from lit_align.models.network import Network
 from lit_align.modules.base import AlignModule
 from lit_align.modules.memory import memory_for
-from lit_align.rollout import Engine, Sampling, TransformersEngine
-from lit_align.types import Completion, PackedBatch, PromptBatch, Rollout
+from lit_align.rollout import Engine, Sampling, TransformersEngine, as_rollout, stop_tokens
+from lit_align.types import PackedBatch, PromptBatch, Rollout
 
 
 class PolicyModule(AlignModule):
@@ -60,22 +60,19 @@ class PolicyModule(AlignModule):
 
     def stop_ids(self) -> list[int]:
         """Tokens that end an answer: the model's, the tokenizer's, and the end of turn of the data's chat template."""
-        own = self.policy.hf.generation_config.eos_token_id
-        datamodule = self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
-        stops = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
-        stops += getattr(datamodule, "stop_ids", [])
-        return sorted({stop for stop in stops if stop is not None})
+        return stop_tokens(self.policy, self.tokenizer, getattr(self.datamodule, "stop_ids", []))
+
+    @property
+    def datamodule(self) -> Any:
+        """The Trainer's; None where there is none."""
+        return self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
 
     def answer(self, batch: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
         """Sample answers to prompts; a function of the seed."""
         count = min(len(batch.prompts), sampling.batch_size) * sampling.samples
         with memory_for(f"a rollout of {count:,} answers at once", "model.sampling.batch_size"):
             answers = self.engine(self.policy, batch.prompts, sampling, self.stop_ids(), seed)
-        prompts = [prompt for prompt, given in zip(batch.prompts, answers, strict=True) for _ in given]
-        rows = [row for row, given in zip(batch.rows, answers, strict=True) for _ in given]
-        completions: list[Completion] = [completion for given in answers for completion in given]
-        texts = self.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-        return Rollout(prompts, rows, completions, [text.strip() for text in texts], sampling.samples)
+        return as_rollout(batch.prompts, batch.rows, answers, self.tokenizer)
 
     # The reference: the policy before training.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,10 +26,9 @@ from lit_align.models.network import Network
 from lit_align.models.roles import load_role, trained_apart
 from lit_align.models.scalar import Scorer, ValueHead
 from lit_align.modules.on_policy import OnPolicyModule
+from lit_align.modules.options import Advantage, check_ppo
 from lit_align.rewards import Reward
 from lit_align.types import PackedBatch, PromptBatch, Rollout
-
-Advantage = Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "remax"]
 
 
 class Experience(NamedTuple):
@@ -137,25 +136,7 @@ class PPOModule(OnPolicyModule):
         self.whiten_rewards = whiten_rewards
         by_default = advantage in ("gae", "reinforce++", "reinforce++_baseline")
         self.whiten_advantages = by_default if whiten_advantages is None else whiten_advantages
-        self._check()
-
-    def _check(self) -> None:
-        if self.advantage not in get_args(Advantage):
-            raise ValueError(f"unknown advantage {self.advantage!r}: choose one of {', '.join(get_args(Advantage))}")
-        if self.advantage != "gae":
-            own = {"value": self.value_network, "value_lr": self.value_lr, "value_warmup": self.value_warmup or None}
-            for key in [key for key, given in own.items() if given is not None]:
-                raise ValueError(f"advantage {self.advantage} has no value model: unset model.{key}")
-        if self.advantage in GROUP_ADVANTAGES and self.sampling.samples < 2:
-            raise ValueError(
-                f"advantage {self.advantage} compares answers to one prompt: set model.sampling.samples to at least 2"
-            )
-        if self.kl_in not in ("reward", "loss"):
-            raise ValueError(f"unknown kl_in {self.kl_in!r}: choose reward or loss")
-        if self.kl_in == "loss" and self.kl_estimator == "k1":
-            raise ValueError("as a loss k1 has no gradient on average: set model.kl_estimator to k2, k3 or k3+")
-        if self.dual_clip is not None and self.dual_clip <= 1:
-            raise ValueError(f"model.dual_clip limits ratios above 1: it must be above 1, got {self.dual_clip}")
+        check_ppo(self)
 
     def configure_model(self) -> None:
         """Load policy, reference, value model and rewards, once."""

@@ -12,11 +12,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lit_align.cache import cache_folder, can_keep
+from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.models.lora import has_lora
 from lit_align.models.network import Network
 from lit_align.models.reference import ReferenceTable, fingerprint
 from lit_align.modules.policy import PolicyModule
-from lit_align.types import PreferenceBatch
+from lit_align.types import PackedBatch, PreferenceBatch
 
 
 class ReferencedModule(PolicyModule):
@@ -54,7 +55,7 @@ class ReferencedModule(PolicyModule):
         if self.reference is None and not has_lora(self.policy):  # let go by a fit before
             self.load_reference(self.reference_network)
             self.reference = self.reference.to(self.device)  # type: ignore[attr-defined]
-        return live_sums(self, batch)
+        return live_sums(self, batch.packed)
 
 
 def reference_table(module: PolicyModule) -> ReferenceTable | None:
@@ -101,15 +102,14 @@ def _compute(module: PolicyModule, data: Any) -> dict[int, Tensor]:
     with module.trainer.precision_plugin.forward_context():
         for batch in tqdm(data.every_example(), "reference", delay=2, leave=False, disable=module.global_rank > 0):
             batch = strategy.batch_to_device(batch)
-            sums_Q = live_sums(module, batch).cpu()
+            sums_Q = live_sums(module, batch.packed).cpu()
             logps |= dict(zip(batch.key_E.tolist(), _by_example(sums_Q, batch), strict=True))
     return logps
 
 
-def live_sums(module: PolicyModule, batch: PreferenceBatch) -> Tensor:
+def live_sums(module: PolicyModule, packed: PackedBatch) -> Tensor:
     """Log-probability of each sequence, by the live reference. Shape (Q,)."""
-    logps_S = module.reference_logps(batch.packed)
-    return logps_S.new_zeros(batch.packed.num_sequences).index_add(0, batch.packed.sequence_S, logps_S)
+    return sum_by_sequence(module.reference_logps(packed), packed.sequence_S, packed.num_sequences)
 
 
 def _by_example(values_Q: Tensor, batch: PreferenceBatch) -> list[Tensor]:

@@ -22,7 +22,7 @@ from lit_align.models.load import load_scorer
 from lit_align.models.network import Network
 from lit_align.models.scalar import ScalarModel
 from lit_align.modules.base import AlignModule
-from lit_align.modules.metrics import PairAccuracy
+from lit_align.modules.metrics import PairAccuracy, hits
 from lit_align.types import PreferenceBatch
 
 
@@ -102,8 +102,8 @@ class RewardModule(AlignModule):
         """Loss per prompt, and the share of its pairs that is right."""
         score_Q = self.scorer(batch.packed)
         pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
-        right_P = score_Q[pairs.better_P] > score_Q[pairs.worse_P]
-        accuracy = right_P.sum(), right_P.numel()
+        hit_P = hits(score_Q[pairs.better_P], score_Q[pairs.worse_P])
+        accuracy = hit_P.sum(), hit_P.numel()
         return self.accumulate(self.loss_sum(score_Q, batch), batch.packed.num_examples, accuracy=accuracy)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -112,9 +112,9 @@ class RewardModule(AlignModule):
         score_Q = self.scorer(packed)
         pairs = ranked_pairs(batch.rank_Q, packed.example_Q)
         self.loss.update(self.loss_sum(score_Q, batch) / packed.num_examples, packed.num_examples)
-        self.accuracy.update(score_Q, pairs, packed.num_examples)
         length_Q = torch.bincount(packed.sequence_S, minlength=packed.num_sequences)
-        self.length_accuracy.update(-length_Q, pairs, packed.num_examples)
+        for metric, values_Q in ((self.accuracy, score_Q), (self.length_accuracy, -length_Q)):
+            metric.update(values_Q[pairs.better_P], values_Q[pairs.worse_P], pairs.example_P, packed.num_examples)
         self.scores.update(score_Q)
         if self.loss_name == "regression":
             self.correlation.update(score_Q, batch.every_grade_Q.to(score_Q))

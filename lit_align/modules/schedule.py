@@ -23,13 +23,21 @@ class Schedule:
     def factor(self, step: int, total: int) -> float:
         """What to multiply the learning rate of optimizer step `step` (from 0) of `total` with."""
         warmup = self.warmup if self.warmup >= 1 else self.warmup * total
+        begin = self.begin(warmup, total)
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+        return self.level(min(max(step - begin, 0.0) / max(total - begin, 1), 1.0))
+
+    def begin(self, warmup: float, total: int) -> float:
+        """The optimizer step at which the decay begins: where the warm-up ends, unless the subclass says otherwise."""
+        return warmup
+
+    def level(self, progress: float) -> float:
+        """From 1 to the floor as progress goes from 0 to 1."""
         return self.floor + (1.0 - self.floor) * self.decay(progress)
 
     def decay(self, progress: float) -> float:
-        """From 1 to 0 as progress after the warm-up goes from 0 to 1."""
+        """From 1 to 0 as progress goes from 0, where the decay begins, to 1."""
         raise NotImplementedError
 
 
@@ -87,27 +95,23 @@ class WSD(Schedule):
         self.decay_steps = decay_steps
         self.decay_type = decay_type
 
-    def factor(self, step: int, total: int) -> float:
-        """Of warm-up, of 1, or of the decay.
+    def begin(self, warmup: float, total: int) -> float:
+        """So many steps before the end.
 
         Raises:
             ValueError: the run is too short for warm-up and decay.
         """
-        warmup = self.warmup if self.warmup >= 1 else self.warmup * total
         length = self.decay_steps if self.decay_steps >= 1 else self.decay_steps * total
         if warmup + length > total:
             raise ValueError(
                 f"{warmup:g} steps of warm-up and {length:g} of decay do not fit in {total} optimizer steps"
             )
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if step < total - length:
-            return 1.0
-        progress = min((step - (total - length)) / max(length, 1), 1.0)
-        if self.decay_type == "exponential":
-            return float(self.floor**progress)
-        return self.floor + (1.0 - self.floor) * self.decay(progress)
+        return total - length
+
+    def level(self, progress: float) -> float:
+        """From 1 to the floor."""
+        return float(self.floor**progress) if self.decay_type == "exponential" else super().level(progress)
 
     def decay(self, progress: float) -> float:
-        """From 1 to 0 as the decay goes on, before the floor."""
+        """From 1 to 0, before the floor."""
         return 1.0 - progress if self.decay_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))

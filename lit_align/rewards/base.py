@@ -24,7 +24,7 @@ class Reward(nn.Module):
         """Put adapters on the policy's backbone, if this is a model that shares it; called before `load`."""
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load weights, if any; called once before training, with the policy's tokenizer."""
+        """Load weights, if any; called once before training, with the policy's tokenizer and its chat template."""
 
     def forward(self, rollout: Rollout) -> Tensor | Sequence[float]:
         """Score each sequence of a rollout: Q numbers, higher is better; `__call__` checks them."""
@@ -50,14 +50,14 @@ class Reward(nn.Module):
 
 
 def checked(scores: Sequence[float] | Tensor, rollout: Rollout, name: str) -> Tensor:
-    """Scores as a tensor, one finite number per completion.
+    """Scores as a tensor on the CPU, one finite number per completion.
 
     Raises:
         ValueError: another number of scores, or one that is NaN, infinite or no number; names the reward and the
             prompts.
     """
     try:
-        scores_Q = torch.as_tensor(scores, dtype=torch.float32).detach()
+        scores_Q = torch.as_tensor(scores, dtype=torch.float32).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name} returned {scores!r:.80}, expected a number for each completion: {error}; the prompts: "

@@ -43,7 +43,7 @@ class CombinedReward(Reward):
         """Shape (Q,)."""
         self._said, scores = {}, []
         for name, reward in zip(self.names, self.rewards, strict=True):
-            scores.append(reward(rollout).cpu())
+            scores.append(reward(rollout))
             self._said[name] = scores[-1]
             self._said |= {f"{name}_{inner}": part for inner, part in reward.parts().items()}  # type: ignore[operator]
         return self.combine(torch.stack(scores))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.data.chat import ChatEncoder
+from lit_align.data.chat import ChatEncoder, template_of
 from lit_align.data.source import expand
 from lit_align.functional.packing import pack
 from lit_align.models.language import LanguageModel
@@ -22,8 +22,8 @@ from lit_align.types import Example, PackedBatch, Rollout, Segment
 class ModelReward(Reward):
     """Scores completions with a folder that RewardModule exported, or any sequence classifier with one label.
 
-    Where the policy has the same vocabulary its very tokens are scored; otherwise prompt and answer are written in the
-    reward model's own chat template and tokenised anew.
+    Where the policy has the same vocabulary and the same chat template its very tokens are scored; otherwise prompt and
+    answer are written in the reward model's own chat template and tokenised anew.
 
     Args:
         network: which model: `{name: FOLDER}`.
@@ -57,8 +57,9 @@ class ModelReward(Reward):
         if self.network.shared:
             raise ValueError(f"{self.network.name}: shared needs a policy to share with, as PPO has one")
         self.model = ScalarModel(load_scorer(self.network, need_head=True)).requires_grad_(False)
-        own = load_tokenizer(self.network.name)
-        self.encoder = None if own.get_vocab() == tokenizer.get_vocab() else ChatEncoder(own)
+        own = load_tokenizer(self.network.name, self.network.trust_remote_code, self.network.revision)
+        same = own.get_vocab() == tokenizer.get_vocab() and template_of(own) == template_of(tokenizer)
+        self.encoder = None if same else ChatEncoder(own)
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Tensor:
@@ -70,7 +71,7 @@ class ModelReward(Reward):
         scores = []
         for part in rollout.split(whole_prompts):
             batch = PackedBatch(*(x.to(device) for x in pack(self._examples(part))))
-            scores.append(self.model.rewards(batch).float().cpu())
+            scores.append(self.model.rewards(batch).float())
         return torch.cat(scores)
 
     def _examples(self, rollout: Rollout) -> list[Example]:

@@ -86,14 +86,27 @@ class Decoding:
     def draw(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each sequence and its log-probability, both of shape (B,)."""
         if self.sampling.temperature == 0:
-            return logits_BV.argmax(-1), logits_BV.new_zeros(len(logits_BV))
+            token_B = logits_BV.argmax(-1)
+            # 0, and NaN where the largest logit is not finite.
+            return token_B, 0.0 * logits_BV.gather(1, token_B[:, None])[:, 0]
         shaped_BV = shape_logits(logits_BV, self.sampling.temperature, self.sampling.top_p)
         probs_BV = shaped_BV.softmax(-1)
         token_B = draw(probs_BV, self.generator)
         return token_B, probs_BV.gather(1, token_B[:, None])[:, 0].log()
 
     def completions(self, tokens: Tensor, logps: Tensor, length: Tensor, finished: Tensor) -> list[Completion]:
-        """Rows of tokens as answers of their lengths."""
+        """Rows of tokens as answers of their lengths.
+
+        Raises:
+            ValueError: some were drawn from probabilities that are not finite. Only now, as to look at each token would
+                wait for the device at each.
+        """
+        said = torch.arange(logps.shape[1], device=logps.device) < length[:, None]
+        if broken := int((logps.isnan() & said).any(1).sum()):
+            raise ValueError(
+                f"probabilities are not finite in {broken} of {len(logps)} answers: look at the weights and the "
+                "learning rate; fp16 overflows, bf16 does not"
+            )
         columns = zip(tokens.tolist(), logps.tolist(), length.tolist(), finished.tolist(), strict=True)
         drawn = self.sampling.temperature > 0
         return [Completion(row[:n], end, logp[:n] if drawn else None) for row, logp, n, end in columns]

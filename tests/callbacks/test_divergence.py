@@ -53,14 +53,23 @@ def run(guard: DivergenceGuard, folder: Path, **scripts: list[float]) -> Trainer
     return trainer
 
 
+# Kills: one hint for all.
 # Kills: limits compared the wrong way round; the first batch's length not kept; the step or the checkpoint not named.
 @pytest.mark.parametrize(
     ("options", "scripts", "says"),
     [
-        ({"kl": 5.0}, {"ppo_kl": [1.0, 4.9, 5.1, 1.0]}, "step 3: ppo/kl is 5.1, above 5"),
-        ({"entropy": 0.5}, {"ppo_entropy": [2.0, 0.6, 0.4, 2.0]}, "step 3: ppo/entropy is 0.4, below 0.5"),
-        ({"length": 2.0}, {"ppo_length": [10.0, 19.0, 21.0, 1.0]}, "step 3: ppo/length is 21, above 20"),
-        ({}, {"train_loss": [1.0, 2.0, torch.nan, 1.0]}, "step 3: train/loss is nan"),
+        ({"kl": 5.0}, {"ppo_kl": [1.0, 4.9, 5.1, 1.0]}, "step 3: ppo/kl is 5.1, above 5: raise .*kl_coef"),
+        (
+            {"entropy": 0.5},
+            {"ppo_entropy": [2.0, 0.6, 0.4, 2.0]},
+            "step 3: ppo/entropy is 0.4, below 0.5: .*clip_high",
+        ),
+        (
+            {"length": 2.0},
+            {"ppo_length": [10.0, 19.0, 21.0, 1.0]},
+            "step 3: ppo/length is 21, above 20: set .*eos",
+        ),
+        ({}, {"train_loss": [1.0, 2.0, torch.nan, 1.0]}, "step 3: train/loss is nan: lower the learning rate"),
         ({}, {"ppo_policy_loss": [1.0, 2.0, torch.inf, 1.0]}, "step 3: ppo/policy_loss is inf"),
         ({"kl": 5.0, "patience": 2}, {"ppo_kl": [6.0, 1.0, 6.0, 7.0, 1.0]}, "step 4: ppo/kl is 7, above 5"),
     ],

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from data.chats import scratch
+from transformers import AutoTokenizer
 
 from lit_align.data.instruction import InstructionDataModule
 from lit_align.data.preference import PreferenceDataModule
@@ -308,6 +309,19 @@ def test_tokenizer_and_stop_ids(prompts) -> None:
     data = prompts(2)
     assert data.tokenizer is data.tokenizer
     assert data.stop_ids == [data.tokenizer.eos_token_id]
+
+
+def test_the_tokenizer_is_loaded_as_told(tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, load = [], AutoTokenizer.from_pretrained
+
+    def from_pretrained(name: str, **options: object) -> object:
+        asked.append((name, options))
+        return load(name)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
+    for options in ({"trust_remote_code": False, "revision": None}, {"trust_remote_code": True, "revision": "v2"}):
+        assert PromptDataModule(tokenizer_folder, [], **options).stop_ids
+        assert asked.pop() == (tokenizer_folder, options)
 
 
 def test_a_long_stream_is_not_held_in_memory(prompts, tmp_path: Path) -> None:

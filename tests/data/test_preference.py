@@ -1,4 +1,7 @@
+import itertools
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from lit_align.data.formats import FORMATS
 from lit_align.data.preference import PreferenceDataModule
 from lit_align.data.rows import BadField, Tally
 from lit_align.data.source import Source
+from lit_align.types import PackedBatch
 
 
 def module(name: str = "scratch", **options) -> PreferenceDataModule:
@@ -281,6 +285,58 @@ def test_ranks_margins_and_answers_stay_together_in_the_batch(write, tokenizer_f
             (whole,) = {text for text, _ in told if text[0] == prompt}
             found[whole, answer] = (float(batch.rank_Q[q]), float(batch.margin_Q[q]))
         assert found == told
+
+
+def scored(data: PreferenceDataModule, packed: PackedBatch) -> list[tuple[str, str]]:
+    """Of each sequence the prompt's last token and the answer."""
+    flat, found = packed.tokens_RN.flatten(), []
+    for q in range(packed.num_sequences):
+        of = packed.sequence_S == q
+        last = int(flat[int(packed.source_S[of][0])])
+        found.append((decoded(data.tokenizer, [last]), decoded(data.tokenizer, packed.target_S[of].tolist())))
+    return found
+
+
+# Kills: the next example whatever its prompt; cycled within a batch, a micro-batch or a process; not cut to max_length.
+@pytest.mark.parametrize(
+    ("options", "world"), [({}, 1), ({"batch_size": 7}, 1), ({"micro_batch_tokens": 20}, 1), ({"batch_size": 2}, 2)]
+)
+def test_answers_to_another_prompt_do_not_depend_on_the_batches(
+    options: dict[str, Any], world: int, write, tokenizer_folder: str
+) -> None:
+    rows = [{"prompt": x * 6, "chosen": x.upper(), "rejected": x.upper() * 2} for x in "abcd"]
+    rows += [{"prompt": "g", "chosen": "G" * n, "rejected": "G" * (n + 1)} for n in (3, 4, 5, 6)]
+    source = Source(write("rows.json", rows))
+
+    def pairs(options: dict[str, Any], world: int) -> Counter[tuple[str, str]]:
+        found: Counter[tuple[str, str]] = Counter()
+        for rank in range(world):
+            data = PreferenceDataModule(tokenizer_folder, [source], val_fraction=0.0, max_length=10, **options)
+            data.mismatched = True
+            if world > 1:
+                data.trainer = SimpleNamespace(world_size=world, global_rank=rank, overfit_batches=0)
+            data.setup("fit")
+            for batches in itertools.islice(data.train_dataloader(), 8 // world):
+                for batch in batches if isinstance(batches, list) else [batches]:
+                    assert int(batch.mismatched.positions_RN.max()) < 10
+                    found.update(scored(data, batch.mismatched))
+        return found
+
+    first = pairs({"batch_size": 8}, 1)
+    assert first.total() == 16
+    assert all(prompt.upper() not in answer for prompt, answer in first)
+    assert first <= pairs(options, world)
+
+
+def test_one_prompt_has_no_other(write, tokenizer_folder: str) -> None:
+    source = Source(write("one.json", [{"prompt": "a", "chosen": "b", "rejected": "c"}]))
+    data = PreferenceDataModule(tokenizer_folder, [source], val_fraction=0.0, batch_size=1)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert batch.mismatched is None
+    data.mismatched = True
+    with pytest.raises(ValueError, match="the training data has one prompt"):
+        next(iter(data.train_dataloader()))
 
 
 @fuzz

@@ -54,3 +54,15 @@ def test_blocks_change_nothing() -> None:
     drawn = draw(probs, seeded())
     assert (drawn == expected).float().mean() > 0.99  # but where rounding decides
     assert (probs.gather(1, drawn[:, None]) > 0).all()
+
+
+# Kills: an index behind the last block, the last column of it, or the last token, which ends a CUDA context.
+def test_rows_that_are_no_numbers_give_tokens_of_the_vocabulary() -> None:
+    for size in (3, 128, 300):
+        probs = torch.rand(4, size)
+        good = draw(probs, seeded())
+        probs[1], probs[2, -1] = torch.nan, torch.nan
+        drawn = draw(probs, seeded())
+        assert ((drawn >= 0) & (drawn < size)).all()
+        assert drawn[[0, 3]].tolist() == good[[0, 3]].tolist()
+        assert (draw(torch.full((4, size), torch.inf), seeded()) < size).all()

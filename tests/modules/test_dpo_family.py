@@ -49,7 +49,8 @@ LINEAR = 0.5 + 0.5 * (VALUE[:, None] - VALUE[None, :])
 class Batches(LightningDataModule):
     def __init__(self, batch: PreferenceBatch, count: int) -> None:
         super().__init__()
-        self.batch, self.count = batch, count
+        # Of one prompt, all answers to another prompt are its own.
+        self.batch, self.count = batch._replace(mismatched=batch.packed), count
 
     def train_dataloader(self) -> Loader:
         return Loader(lambda _: self.batch, self.count)
@@ -378,6 +379,14 @@ def kto(folders: tuple[Network, Network]) -> DPOModule:
     return DPOModule(policy, loss="kto", beta=0.01, reference=reference, optimizer=sgd)
 
 
+def with_mismatched(first: int, size: int) -> PreferenceBatch:
+    """Some of the examples, and beside each its prompt with the answers of the next."""
+    examples = ragged_rankings()
+    chosen = range(first, first + size)
+    others = [Example(examples[i][0].trunk, examples[(i + 1) % 6][0].branches) for i in chosen]
+    return whole([examples[i] for i in chosen])._replace(mismatched=pack(others))
+
+
 class Cut(LightningDataModule):
     """Two optimizer steps of six examples each, in micro-batches of a size."""
 
@@ -386,35 +395,37 @@ class Cut(LightningDataModule):
         self.size = size
 
     def train_dataloader(self) -> Loader:
-        examples = ragged_rankings()
-        per_step = len(examples) // self.size
-        return Loader(lambda n: whole(examples[(n % per_step) * self.size :][: self.size]), 2 * per_step)
+        per_step = 6 // self.size
+        return Loader(lambda n: with_mismatched(n % per_step * self.size, self.size), 2 * per_step)
 
 
 def steps_of(module: DPOModule, size: int, **options: Any) -> DPOModule:
     torch.manual_seed(0)
     options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **options}
-    resume = options.pop("resume", None)
+    resume, data = options.pop("resume", None), options.pop("data", Cut(size))
     trainer = Trainer(
         accelerator="cpu", precision="64-true", accumulate_grad_batches=6 // size, enable_progress_bar=False,
         enable_model_summary=False, **options,
     )  # fmt: skip
     with norms_in_float64():
-        trainer.fit(module, Cut(size), ckpt_path=resume)
+        trainer.fit(module, data, ckpt_path=resume)
     return module
 
 
-# Kills: not clamped; a mean over micro-batches or prompts; one rank's; sums not reset; not in the checkpoint, or not in
-# full precision.
+# Kills: of the answers that are trained on; not clamped; a mean over micro-batches or prompts; one rank's; sums not
+# reset; not in the checkpoint, or not in full precision.
 def test_reference_point_of_kto(folders: tuple[Network, Network], tmp_path: Path) -> None:
-    """It is the mean of the step before, whatever the micro-batches, and survives a checkpoint."""
+    """It is that of mismatched answers in the step before, whatever the micro-batches, and survives a checkpoint."""
     start = kto(folders)
     start.configure_model()
-    batch = whole(ragged_rankings())
+    batch = with_mismatched(0, 6)
     assert start.reference_point.item() == 0.0
+    other = whole(ragged_rankings())._replace(packed=batch.mismatched)
     with torch.no_grad(), norms_in_float64():
-        expected = start.pair_logps(batch, ranked_pairs(batch.rank_Q, batch.packed.example_Q))[1].mean()
+        own = start.pair_logps(batch, ranked_pairs(batch.rank_Q, batch.packed.example_Q))[1].mean()
+        expected = start.pair_logps(other, ranked_pairs(batch.rank_Q, batch.packed.example_Q))[1].mean()
     assert expected > 1.0
+    assert (own - expected).abs() > 0.01
 
     first = steps_of(kto(folders), 6, max_steps=1)
     assert_close(first.reference_point, expected, rtol=1e-10, atol=1e-10)
@@ -440,6 +451,18 @@ def test_reference_point_of_kto(folders: tuple[Network, Network], tmp_path: Path
     # Below the reference on average: no KL divergence is negative.
     low = DPOModule(folders[0], loss="kto", reference=folders[1], optimizer=functools.partial(torch.optim.SGD, lr=0.0))
     assert steps_of(low, 6).reference_point.item() == 0.0
+
+
+class Matched(Cut):
+    def train_dataloader(self) -> Loader:
+        return Loader(lambda _: whole(ragged_rankings()), 1)
+
+
+def test_kto_without_what_it_needs(folders: tuple[Network, Network]) -> None:
+    with pytest.raises(ValueError, match="loss: kto needs batches with `mismatched`"):
+        steps_of(kto(folders), 6, data=Matched(6))
+    with pytest.raises(ValueError, match=r"loss: kto .* unset model\.cache_reference"):
+        DPOModule(folders[0], loss="kto", cache_reference=True)
 
 
 # Kills: the reference point left out.

@@ -23,7 +23,15 @@ from torch import nn
 from lit_align import DPOModule, Lora, Network
 from lit_align.__main__ import entry
 from lit_align.modules import memory
-from lit_align.modules.memory import MIB, OutOfMemory, RoleMemory, memory_budget, memory_for, peak_memory
+from lit_align.modules.memory import (
+    MIB,
+    OutOfMemory,
+    RoleMemory,
+    memory_budget,
+    memory_for,
+    peak_memory,
+    state_numbers,
+)
 
 
 def quick_trainer(**options: Any) -> Trainer:
@@ -58,6 +66,33 @@ def test_budget_by_hand() -> None:
         RoleMemory("value", 2, 2, 8, 24),
     ]
     assert [role.training for role in memory_budget(module, [sgd])] == [40, 0, 8]
+
+
+# Kills: 0 for what is not Adam; momentum, amsgrad or centered forgotten.
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.Adamax, {}),
+        (torch.optim.RMSprop, {}),
+        (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.Adadelta, {}),
+        (torch.optim.Rprop, {}),
+        (torch.optim.ASGD, {}),
+        (torch.optim.SGD, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adafactor, {}),
+    ],
+)
+def test_state_is_what_the_optimizer_holds_after_a_step(kind: Any, options: dict[str, Any]) -> None:
+    weight = nn.Parameter(torch.ones(100, 100))
+    optimizer = kind([weight], lr=0.1, **options)
+    weight.square().sum().backward()
+    optimizer.step()
+    held = [x for x in optimizer.state[weight].values() if isinstance(x, torch.Tensor) and x.numel() == weight.numel()]
+    assert state_numbers(optimizer, optimizer.param_groups[0]) == len(held)
 
 
 def test_budget_in_words() -> None:

@@ -28,6 +28,7 @@ from lit_align import (
 )
 from lit_align.callbacks import RunCheckpoint
 from lit_align.modules import WSD, Constant, Cosine, Linear
+from lit_align.modules.metrics import hits
 
 
 @pytest.fixture
@@ -89,6 +90,14 @@ def test_dpo_starts_at_log_two(place: Path, lora: Lora | None) -> None:
     # Three pairs of weight 1/3, or one of weight 1: log 2 for a prompt however many answers it has.
     assert metrics["val/loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["val/accuracy"] == 0.5
+
+
+# Kills: a tie counted as wrong in training, where validation counts it half.
+def test_a_tie_is_half_right(place: Path) -> None:
+    assert hits(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 1.0, 4.0])).tolist() == [0.5, 1.0, 0.0]
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.fit(DPOModule(network(place)), rankings(place))  # at the start policy and reference are one
+    assert run.callback_metrics["train/accuracy"] == 0.5
 
 
 def test_reference_free_losses_load_no_reference(place: Path) -> None:

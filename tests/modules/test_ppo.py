@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -239,6 +240,19 @@ def test_a_reward_model_may_have_a_tokenizer_of_its_own(place: Path) -> None:
     with torch.no_grad():
         plain = reward.model.hf(torch.tensor([ids])).logits.item()
     assert reward(rollout).item() == pytest.approx((plain - 0.3) / 2.0, abs=1e-5)
+
+
+# Kills: the template of the policy's folder, where the prompts are written in that of the data.
+def test_a_reward_is_told_the_template_of_the_prompts(place: Path) -> None:
+    told = []
+
+    class Told(FunctionReward):
+        def load(self, tokenizer: Any) -> None:
+            told.append(tokenizer.chat_template)
+
+    template = load_tokenizer(str(place / "model")).chat_template + "{# another #}"
+    fit(module(place, Told(echo)), data(place, chat_template=template), max_epochs=1)
+    assert told == [template]
 
 
 @pytest.mark.parametrize(
@@ -527,6 +541,37 @@ def test_options_that_do_not_go_together_are_refused_in_one_line(place: Path, op
     with pytest.raises(ValueError, match=message) as error:
         module(place, **options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "accepted"),
+    [
+        ("epochs", 0, "at least 1"),
+        ("mini_batches", 0, "at least 1"),
+        ("micro_batch_size", 0, "at least 1"),
+        ("micro_batch_tokens", 0, "at least 1, or null"),
+        ("max_grad_norm", 0.0, "above 0, or null"),
+        ("ptx_coef", -1.0, "at least 0"),
+        ("clip", 0.0, "above 0"),
+        ("clip_high", -0.1, "above 0, or null"),
+        ("dual_clip", 1.0, "above 1, or null"),
+        ("value_clip", 0.0, "above 0, or null"),
+        ("value_coef", -0.1, "at least 0"),
+        ("value_lr", -1e-5, "at least 0, or null"),
+        ("value_warmup", -1, "at least 0"),
+        ("discount", 1.1, r"in \[0, 1\]"),
+        ("lambda_", -0.1, r"in \[0, 1\]"),
+        ("kl_coef", math.nan, "at least 0"),
+        ("kl_target", 0.0, "above 0, or null"),
+        ("kl_horizon", 0, "above 0"),
+        ("target_kl", -1.0, "above 0, or null"),
+        ("missing_eos_penalty", -1.0, "at least 0"),
+        ("reward_clip", 0.0, "above 0, or null"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(option: str, value: float, accepted: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model\.{option} must be {accepted}, got {value}$"):
+        PPOModule(Network("nowhere"), FunctionReward(len), **{option: value})
 
 
 @pytest.mark.parametrize("advantage", ["reinforce++", "remax"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import time
@@ -16,6 +17,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_align import FunctionReward, ModelReward, Network, Reward
+from lit_align.data.chat import ChatEncoder, template_of
 from lit_align.models.scratch import bpe_tokenizer
 from lit_align.rewards.base import named
 from lit_align.types import Completion, Rollout
@@ -281,6 +283,33 @@ def test_a_model_of_another_vocabulary_reads_the_text_anew(
     assert sequences[0] != answers.prompts[0].tolist() + answers.completions[0].tokens
     assert sequences[3][-1] != tokenizer.eos_token_id
     assert rewards.tolist() == pytest.approx([alone(str(other), ids) for ids in sequences], abs=1e-5)
+
+
+# Kills: tokens reused whenever vocabularies are equal; the plain template taken for another one.
+def test_a_model_of_another_chat_template_reads_the_text_anew(scorer: str, policy: Any, answers: Rollout) -> None:
+    assert loaded(scorer, policy).encoder is None
+    other = copy.deepcopy(policy)
+    other.chat_template = other.chat_template.replace("message['content'] + ' '", "message['content'] + '! '")
+    assert other.chat_template != policy.chat_template
+    reward = loaded(scorer, other)
+    assert reward.encoder is not None
+    own = loaded(scorer, policy)(answers)
+    assert torch.equal(reward(rollout(other, ANSWERS)), own)
+    bare = copy.deepcopy(policy)
+    bare.chat_template = None
+    assert template_of(bare) == ChatEncoder(bare).tokenizer.chat_template
+
+
+def test_a_models_tokenizer_is_loaded_like_the_model(scorer: str, policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(*options: Any) -> Any:
+        asked.append(options)
+        return policy
+
+    monkeypatch.setattr("lit_align.rewards.model.load_tokenizer", load)
+    ModelReward(Network(scorer, trust_remote_code=True, revision="main")).load(policy)
+    assert asked == [(scorer, True, "main")]
 
 
 def test_a_model_is_frozen_and_never_drops_units(scorer: str, policy: Any, answers: Rollout) -> None:

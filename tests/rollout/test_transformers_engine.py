@@ -159,3 +159,16 @@ def test_static_is_not_for_sliding_windows(tmp_path: Path) -> None:
 def test_greedy_answers_were_not_drawn(tmp_path: Path) -> None:
     for (answer,) in ENGINE(policy(tmp_path), PROMPTS, Sampling(3, temperature=0.0), [], seed=0):
         assert answer.logps is None
+
+
+# Kills: not looked at; only where tokens are drawn.
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("engine", [ENGINE, STATIC], ids=["dynamic", "static"])
+def test_probabilities_that_are_not_finite_are_named(
+    engine: TransformersEngine, temperature: float, tmp_path: Path
+) -> None:
+    model = policy(tmp_path)
+    with torch.no_grad():
+        model.hf.base_model.embed_tokens.weight[60] = torch.nan  # of the third prompt
+    with pytest.raises(ValueError, match="probabilities are not finite in 2 of 8 answers"):
+        engine(model, PROMPTS, Sampling(4, temperature=temperature, samples=2), [2], seed=0)
