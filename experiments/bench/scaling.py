@@ -122,12 +122,15 @@ def figure(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             ax.set_xticks([p[axis] for p in points if p["way"] == "packed"])
             ax.set_xticklabels([f"{p[axis]:,}" for p in points if p["way"] == "packed"], fontsize=7)
             ax.minorticks_off()
+            low, high = (f(p[measure] for p in points) for f in (min, max))
+            marks = [low * (high / low) ** (i / 3) for i in range(4)]
+            ax.set_yticks(marks, [f"{mark:.2g}" if row == 0 else f"{mark:,.0f}" for mark in marks], fontsize=7)
             ax.spines[["top", "right"]].set_visible(False)
             if row == 0:
                 ax.set_title({"length": "tokens of a prompt"}.get(axis, axis), loc="left", fontsize=9)
             if column == 0:
                 ax.set_ylabel(unit, fontsize=8)
-    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[0][list(results).index("completions")].legend(frameon=False, fontsize=7)
     plot.savefig(path)
 
 
