@@ -62,6 +62,19 @@ def test_it_is_put_there_once(llama: Any) -> None:
     assert getattr(modeling(llama), NAME) is ours
 
 
+# Kills: a probe on the device or in the precision that models are made in, where it fails or sees rounding.
+def test_it_is_put_there_wherever_models_are_made(llama: Any) -> None:
+    theirs = getattr(modeling(llama), NAME)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            turn_without_copies(llama)
+    finally:
+        torch.set_default_dtype(before)
+    assert getattr(modeling(llama), NAME) is not theirs
+
+
 # Kills: neighbours turned as if they were halves.
 @pytest.mark.parametrize("name", ["cohere", "gpt2"])
 def test_others_are_left_alone(name: str) -> None:
