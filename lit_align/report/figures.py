@@ -104,8 +104,10 @@ def reward_against_kl(run: RunData) -> str | None:
     paths = {s: c for s, c in run.curves.items() if {"val/kl", "val/gold", "val/reward"} <= set(c)}
     if not paths:
         return None
-    with _figure(5.2 * len(paths), 3.6, len(paths)) as (figure, axes):
-        for ax, (stage, metrics) in zip(axes, paths.items(), strict=True):
+    columns = min(len(paths), 2)
+    rows = -(-len(paths) // columns)
+    with _figure(5.2 * columns, 3.6 * rows, columns, rows) as (figure, axes):
+        for ax, (stage, metrics) in zip(axes, paths.items(), strict=False):
             kl = metrics["val/kl"][1]
             for name, label, colour in (("val/reward", "proxy: the reward model", GREY), ("val/gold", "gold", ORANGE)):
                 ax.plot(
@@ -116,6 +118,8 @@ def reward_against_kl(run: RunData) -> str | None:
             ax.set_ylabel("mean reward")
             ax.set_title(f"{stage}: reward against KL, held-out prompts")
             ax.legend(fontsize=8)
+        for ax in axes[len(paths) :]:
+            ax.remove()
         return _svg(figure)
 
 
@@ -136,17 +140,29 @@ def behaviour(summary: dict[str, float], policies: list[str], measures: dict[str
     shown = {key: title for key, title in measures.items() if all(f"{p}/{key}" in summary for p in policies)}
     if not shown or not policies:
         return None
-    with _figure(1.9 * len(shown) + 0.6, 2.6, len(shown)) as (figure, axes):
-        for ax, (key, title) in zip(axes, shown.items(), strict=True):
+    # Bars that lie on their side have room for the names of many policies.
+    many = len(policies) > 6
+    columns = min(len(shown), 3) if many else len(shown)
+    rows = -(-len(shown) // columns)
+    width, height = (3.4 * columns, (0.2 * len(policies) + 0.5) * rows) if many else (1.9 * columns + 0.6, 2.6)
+    with _figure(width, height, columns, rows) as (figure, axes):
+        for ax, (key, title) in zip(axes, shown.items(), strict=False):
             values = [summary[f"{policy}/{key}"] for policy in policies]
-            bars = ax.bar(policies, values, color=[COLOURS.get(policy, PURPLE) for policy in policies], width=0.7)
+            colours = [COLOURS.get(policy, PURPLE) for policy in policies]
+            bars = (ax.barh if many else ax.bar)(policies, values, 0.7, color=colours)
             ax.bar_label(bars, fmt="%.2f", fontsize=8, color="#374151", padding=2)
-            ax.set_ylim(0, 1.12)
             ax.set_title(title, fontsize=9)
             ax.grid(visible=False)
-            ax.tick_params(axis="x", labelsize=8, rotation=35 if len(policies) > 4 else 0)
-            ax.set_yticks([])
-            ax.spines["left"].set_visible(False)
+            if many:
+                ax.set_xlim(0, 1.12)
+                ax.invert_yaxis()
+            else:
+                ax.set_ylim(0, 1.12)
+            ax.tick_params(axis="y" if many else "x", labelsize=8, rotation=35 if 4 < len(policies) <= 6 else 0)
+            (ax.set_xticks if many else ax.set_yticks)([])
+            ax.spines["bottom" if many else "left"].set_visible(False)
+        for ax in axes[len(shown) :]:
+            ax.remove()
         return _svg(figure)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,29 @@ def test_figures_are_left_out_where_there_is_nothing_to_show(tmp_path: Path) -> 
     assert behaviour({}, [], {"a": "b"}) is None
     assert behaviour({"sft/a": 1.0}, ["sft", "ppo"], {"a": "b"}) is None  # not known of all
     assert reward_against_kl(RunData(tmp_path, curves={"ppo": {"val/kl": ([0.0], [1.0])}})) is None
+
+
+# Kills: a panel more to the right for every policy, until nothing can be read.
+def test_many_policies_make_figures_longer_not_wider(tmp_path: Path) -> None:
+    def size(svg: str | None) -> tuple[float, float]:
+        assert svg is not None
+        width, height = re.findall(r'(?:width|height)="([0-9.]+)pt"', svg)[:2]
+        return float(width), float(height)
+
+    path = {name: ([0.0, 1.0], [0.0, 1.0]) for name in ("val/kl", "val/gold", "val/reward")}
+    few, many = ([f"ppo_{i}" for i in range(count)] for count in (2, 12))
+    two, twelve = (
+        size(reward_against_kl(RunData(tmp_path, curves=dict.fromkeys(names, path)))) for names in (few, many)
+    )
+    assert twelve[0] == pytest.approx(two[0], rel=0.01)
+    assert twelve[1] > 5 * two[1]
+    measures = {f"m{i}": f"measure {i}" for i in range(6)}
+    bars = [
+        size(behaviour({f"{name}/{key}": 0.5 for name in names for key in measures}, names, measures))
+        for names in (few, many)
+    ]
+    assert bars[1][0] <= bars[0][0]
+    assert bars[1][1] > bars[0][1]
 
 
 def test_the_same_run_gives_the_same_page(folder: Path) -> None:
