@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
+from lit_align.models.rms_norm import normalize_in_few_passes
 from lit_align.models.rotary import turn_without_copies
 from lit_align.models.tree_attention import attend_by_tree
 from lit_align.models.trees import compile_for_trees
@@ -114,6 +115,7 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
     if network.attention is None:
         attend_by_tree(model)
     turn_without_copies(model)
+    normalize_in_few_passes(model)
     # from_pretrained returns a model in eval mode, and Lightning leaves it there: dropout off for the whole run.
     model.train()
     if network.lora is not None:

@@ -1,0 +1,100 @@
+"""Root-mean-square normalisation in few passes, for CPUs.
+
+transformers writes it as separate operations, and their gradients pass over tensors of the size of the states a dozen
+times. Written out it takes five, and one tensor is kept in place of two.
+
+Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Divide by the root of the mean square, and scale.
+
+    Args:
+        x: shape (..., H).
+        weight: shape (H,).
+        eps: added to the mean square.
+
+    Returns:
+        Like `x`.
+    """
+    normed: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Of n = x r, r = (mean x^2 + eps)^-1/2: dn/dx g = r (g - n mean(g n))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse, weight)
+        return normed * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        normed, inverse, weight = ctx.saved_tensors
+        product = grad * normed
+        grad_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        mean = (product @ weight).div_(len(weight)).unsqueeze(-1)
+        grad_x = torch.mul(grad, weight, out=product).addcmul_(normed, mean, value=-1).mul_(inverse)
+        return grad_x, grad_weight, None
+
+
+def normalize_in_few_passes(model: PreTrainedModel) -> None:
+    """Let the normalisation layers of a model use `rms_norm` on a CPU, if theirs do the same."""
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__.endswith("RMSNorm") and not hasattr(kind.forward, "theirs") and _same(module):
+            kind.forward = _instead_of(kind.forward)
+
+
+def _eps(module: nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _instead_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
+        alike = hidden_states.dtype == self.weight.dtype and hidden_states.dtype in (torch.float32, torch.float64)
+        # Under autocast the product in backward would be one of bf16.
+        plain = alike and not more and not options and not torch.is_autocast_enabled("cpu")
+        if not plain or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+            return theirs(self, hidden_states, *more, **options)
+        return rms_norm(hidden_states, self.weight, _eps(self))
+
+    forward.theirs = theirs  # type: ignore[attr-defined]
+    return forward
+
+
+def _same(module: nn.Module) -> bool:
+    """Whether a layer of that name does the same: some add 1 to their weights, or have a gate."""
+    if not isinstance(_eps(module), float) or [name for name, _ in module.named_parameters()] != ["weight"]:
+        return False
+    seeded = torch.Generator().manual_seed(0)
+    # Lightning makes models with the GPU as the place of new tensors, and in the run's precision.
+    here: Any = {"generator": seeded, "device": "cpu", "dtype": torch.float32}
+    size = sum(weight.numel() for weight in module.parameters())
+    probe = copy.deepcopy(module).to_empty(device="cpu").float()
+    probe.weight = nn.Parameter(torch.randn(size, **here))
+    x = torch.randn(2, 3, size, **here)
+    theirs = type(module).forward
+    try:
+        expected = theirs(probe, x)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    return torch.allclose(expected, _instead_of(theirs)(probe, x), atol=1e-6)
