@@ -116,7 +116,7 @@ def reward_against_kl(run: RunData) -> str | None:
             _mark_policies(ax, run.summary, stage)
             ax.set_xlabel("KL from SFT (nats per answer)")
             ax.set_ylabel("mean reward")
-            ax.set_title(f"{stage}: reward against KL, held-out prompts")
+            ax.set_title(f"{stage}, held-out prompts")
             ax.legend(fontsize=8)
         for ax in axes[len(paths) :]:
             ax.remove()
