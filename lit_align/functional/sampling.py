@@ -26,7 +26,10 @@ def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
     # Sums of 100,000 fp32 numbers are off in the fourth digit of the small ones; only MPS has nothing better.
     dtype = torch.float32 if probs_BV.device.type == "mps" else torch.float64
     uniform_B1 = torch.rand(len(probs_BV), 1, generator=generator, device=probs_BV.device, dtype=dtype)
-    probs_BKC = torch.nn.functional.pad(probs_BV, (0, -probs_BV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    spare = -probs_BV.shape[1] % BLOCK
+    # Padding by nothing would copy all the same.
+    padded_BV = torch.nn.functional.pad(probs_BV, (0, spare)) if spare else probs_BV
+    probs_BKC = padded_BV.unflatten(1, (-1, BLOCK))
     mass_BK = probs_BKC.sum(-1).to(dtype)
     before_BK = mass_BK.cumsum(-1)
     point_B1 = _inside(uniform_B1 * before_BK[:, -1:], before_BK[:, -1:])
