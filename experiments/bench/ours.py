@@ -3,7 +3,8 @@
 The ordinary modules and data modules under a Lightning Trainer; the first two steps are left out, of PPO the first
 iteration. In the first of them the products that the model takes are counted. With `profile=true` the rest is profiled
 and not timed: the share of each operation is printed before the line. With `phases=true`, of PPO and GRPO, the share of
-each phase of an iteration is. With `lora=true` adapters are trained, and PPO's four models are one.
+each phase of an iteration is. With `lora=true` adapters are trained, and PPO's four models are one. `head=torch` or
+`head=liger` computes log-probabilities by another's kernel, where it can.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def build(
 ) -> tuple[AlignModule, LightningDataModule]:
     """The module and the data of a method."""
     place = str(assets / model)
-    how = {"attention": o["attention"] or None, "compile": o["compile"]}
+    how = {"attention": o["attention"] or None, "compile": o["compile"], "head": o["head"]}
     network = functools.partial(la.Network, place, weights="pretrained", **how)
     optimizer = functools.partial(torch.optim.AdamW, lr=1e-5 if method == "ppo" else 1e-4, weight_decay=0.0, fused=True)
     size = o["batch"]
@@ -119,7 +120,10 @@ def build(
         data["batch_size"] = size // SAMPLES
         return module, la.PromptDataModule(place, source(assets, "prompts", steps * size // SAMPLES), **data)
     roles = (
-        (la.Network(str(assets / f"{model}-reward-adapter"), shared=True), network(lora=la.Lora(), shared=True))
+        (
+            la.Network(str(assets / f"{model}-reward-adapter"), shared=True),
+            la.Network(place, lora=la.Lora(), shared=True),
+        )
         if o["lora"]
         else (la.Network(str(assets / f"{model}-reward")), la.Network(place))
     )
@@ -137,7 +141,7 @@ def main() -> None:
     o: dict[str, Any] = {
         "assets": ".", "batch": 8, "max_length": 512, "row_tokens": 1024, "device": "cpu", "new_tokens": 48,
         "micro_batch": 32, "lora": False, "threads": 2, "attention": "", "compile": False, "cached": False,
-        "profile": False, "phases": False,
+        "profile": False, "phases": False, "head": "own",
     }  # fmt: skip
     for text in sys.argv[4:]:
         key, value = text.split("=", 1)

@@ -1,4 +1,4 @@
-"""Where the time of an iteration of PPO goes: the share of each of its phases, a part of `ours.py ppo ... phases=true`."""
+"""Where the time of an iteration of PPO goes: the share of each of its phases, for `ours.py ppo ... phases=true`."""
 
 from __future__ import annotations
 
