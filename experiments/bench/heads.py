@@ -1,7 +1,8 @@
 """Time and memory of the ways from states to log-probabilities: `python experiments/bench/heads.py`.
 
 A forward and backward of the vocabulary head alone, on random states, each way in a process of its own: the median of
-five after a warm-up, and what the process grew by. On a GPU: `--device cuda`, and bf16 beside fp32 (`--dtype`).
+five after a warm-up, and what the process grew by. On a CPU one thread, and the processor's time, of which a machine
+that others use takes no more. On a GPU: `--device cuda`, and bf16 beside fp32 (`--dtype`).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def memory(device: str) -> int:
 
 def measure(way: str, told: argparse.Namespace) -> dict[str, float]:
     """Seconds, and bytes above what was there."""
-    torch.set_num_threads(told.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     scored, width, vocabulary = told.sizes
     options = {"device": told.device, "dtype": getattr(torch, told.dtype)}
@@ -71,13 +72,14 @@ def measure(way: str, told: argparse.Namespace) -> dict[str, float]:
     target_S = torch.randint(0, vocabulary, (scored,), device=told.device)
     weights_S = torch.rand(scored, device=told.device)
     head, before, times = ways(told.device)[way], memory(told.device), []
+    clock = time.perf_counter if told.device == "cuda" else time.process_time
     for _ in range(6):
         hidden_SH.grad = weight_VH.grad = None
-        started = time.perf_counter()
+        started = clock()
         (head(hidden_SH, weight_VH, target_S) * weights_S).sum().backward()
         if told.device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        times.append(clock() - started)
     return {"seconds": statistics.median(times[1:]), "mb": (memory(told.device) - before) / 2**20}
 
 
@@ -87,7 +89,6 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs=3, default=[2_000, 256, 32_000], help="scored tokens, width, words")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     told = parser.parse_args()
     if told.way:
