@@ -26,6 +26,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from lit_align.models import Lora, Network, load_scorer
+from lit_align.models.roles import save_adapter
+
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] }}"
     "{% if m['role'] == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}{{ '\n' }}"
@@ -126,6 +129,9 @@ def main() -> None:
         config.num_labels = 1
         AutoModelForSequenceClassification.from_config(config).save_pretrained(told.out / f"{name}-reward")
         tok.save_pretrained(told.out / f"{name}-reward")
+        # A reward model that is an adapter on the model, as `lora: {export: adapter}` leaves it.
+        scorer = load_scorer(Network(str(told.out / name), lora=Lora(export="adapter")))
+        save_adapter(scorer, told.out / f"{name}-reward-adapter")
         print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
 
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from lit_align.functional.head import linear_logprobs
 from lit_align.functional.logprobs import shape_logits, sum_by_sequence, token_entropies, token_logprobs
+from lit_align.models.heads import FUSED, check_installed, obstacle
+from lit_align.models.network import Head
 from lit_align.models.trees import TreeModel
 from lit_align.types import PackedBatch
 
@@ -42,6 +44,10 @@ class LanguageModel(TreeModel):
     largest matrix product are never computed. Where the logits of the scored ones are still large, they are made a
     chunk at a time and made again in backward: a third more work in the head, and its memory bounded.
 
+    Args:
+        hf: the model.
+        head: who computes the log-probabilities, where it can; see `Network.head`.
+
     Attributes:
         dense_bytes: largest logits, in bytes of fp32, that are held at once.
         cached_bytes: how many a CPU looks at together, so that they stay in its cache.
@@ -49,10 +55,11 @@ class LanguageModel(TreeModel):
 
     dense_bytes = 2**30
     cached_bytes = 2**24
-    _path: str | None = None
 
-    def __init__(self, hf: PreTrainedModel) -> None:
+    def __init__(self, hf: PreTrainedModel, head: Head = "own") -> None:
         super().__init__(hf)
+        check_installed(head)
+        self.head, self._said = head, set[tuple[str, str | None]]()
         self._check_head()
 
     @torch.no_grad()
@@ -81,16 +88,27 @@ class LanguageModel(TreeModel):
     ) -> TokenScores:
         """Score a batch under the distribution that temperature and nucleus shape; see `shape_logits`."""
         hidden_SH, rows = self.hidden(batch)
-        chunks = self._chunks(hidden_SH)
-        if self._plain_head():
-            states_SH, weight_VH = self._in_precision(hidden_SH)
-            row = 4 * len(weight_VH)
-            # On a GPU only the scratch tensor is bounded, for which an eighth of the logits is enough.
-            limit = self.cached_bytes if hidden_SH.device.type == "cpu" else self.dense_bytes // 8
-            options = temperature, top_p, entropies, max(limit // row, 1), max(self.dense_bytes // row, 1)
-            return TokenScores(*linear_logprobs(states_SH, weight_VH, rows.target_S, *options), hidden_SH)
+        if not self._plain_head():
+            return self._in_pieces(hidden_SH, rows.target_S, temperature, top_p, entropies)
+        states_SH, weight_VH = self._in_precision(hidden_SH)
+        path = self._path(states_SH, temperature, top_p, entropies)
+        if path in FUSED:
+            return TokenScores(FUSED[path](states_SH, weight_VH, rows.target_S, temperature), None, hidden_SH)
+        row = 4 * len(weight_VH)
+        # On a GPU only the scratch tensor is bounded, for which an eighth of the logits is enough.
+        limit = self.cached_bytes if hidden_SH.device.type == "cpu" else self.dense_bytes // 8
+        options = temperature, top_p, entropies, max(limit // row, 1), max(self.dense_bytes // row, 1)
+        return TokenScores(*linear_logprobs(states_SH, weight_VH, rows.target_S, *options), hidden_SH)
+
+    def _in_pieces(
+        self, hidden_SH: Tensor, target_S: Tensor, temperature: float, top_p: float, entropies: bool
+    ) -> TokenScores:
+        """Where the head does more than a product: through `logits`, checkpointed where they are large."""
+        why_not = f"the head of {type(self.hf).__name__} is more than a product" if self.head != "own" else None
+        chunks = max(math.ceil(self._logits_bytes(hidden_SH) / self.dense_bytes), 1)
+        self._say("chunked" if chunks > 1 else "dense", hidden_SH, why_not)
         pieces = []
-        for part_SH, part_S in zip(hidden_SH.chunk(chunks), rows.target_S.chunk(chunks), strict=True):
+        for part_SH, part_S in zip(hidden_SH.chunk(chunks), target_S.chunk(chunks), strict=True):
             arguments = (part_SH, part_S, temperature, top_p, entropies)
             recompute = chunks > 1 and torch.is_grad_enabled()
             pieces.append(
@@ -106,19 +124,30 @@ class LanguageModel(TreeModel):
         logits_SV = shape_logits(self.logits(hidden_SH), temperature, top_p, keep_S=target_S)
         return token_logprobs(logits_SV, target_S), token_entropies(logits_SV.detach()) if entropies else None
 
-    def _chunks(self, hidden_SH: Tensor) -> int:
-        """How many pieces the logits come in; says so when it changes."""
-        count, vocabulary = len(hidden_SH), self.hf.config.get_text_config().vocab_size
-        size = 4 * count * vocabulary
-        chunks = max(math.ceil(size / self.dense_bytes), 1)
-        path = "chunked" if chunks > 1 else "dense"
-        if path != self._path and "chunked" in (path, self._path):
-            rank_zero_info(
-                f"vocabulary head: {path}, as {count:,} scored tokens x {vocabulary:,} are {size / 2**20:,.0f} MiB of "
-                f"logits, of which up to {self.dense_bytes / 2**20:,.0f} MiB are held"
-            )
-        self._path = path
-        return chunks
+    def _path(self, states_SH: Tensor, temperature: float, top_p: float, entropies: bool) -> str:
+        """Which way a head that is one matrix is gone through."""
+        own = "chunked" if self._logits_bytes(states_SH) > self.dense_bytes else "dense"
+        why_not = None if self.head == "own" else obstacle(self.head, states_SH, temperature, top_p, entropies)
+        path = own if self.head == "own" or why_not else self.head
+        self._say(path, states_SH, why_not)
+        return path
+
+    def _say(self, path: str, states_SH: Tensor, why_not: str | None) -> None:
+        """Log which path was taken, and why: each once."""
+        if (path, why_not) in self._said:
+            return
+        self._said.add((path, why_not))
+        reason = f"not {self.head}, as {why_not}; " if why_not else "as network.head says; " if path in FUSED else "as "
+        held = "none are held" if path in FUSED else f"up to {self.dense_bytes / 2**20:,.0f} MiB are held"
+        rank_zero_info(
+            f"vocabulary head: {path}, {reason}{len(states_SH):,} scored tokens x "
+            f"{self.hf.config.get_text_config().vocab_size:,} are {self._logits_bytes(states_SH) / 2**20:,.0f} MiB of "
+            f"logits, of which {held}"
+        )
+
+    def _logits_bytes(self, states_SH: Tensor) -> int:
+        """Of all logits, in fp32."""
+        return 4 * len(states_SH) * int(self.hf.config.get_text_config().vocab_size)
 
     def _plain_head(self) -> bool:
         """Whether the head is one matrix and nothing else."""

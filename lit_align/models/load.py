@@ -51,6 +51,8 @@ def load_scorer(network: Network, need_head: bool = False) -> PreTrainedModel:
     Raises:
         ValueError: no such folder or hub name, no sequence-classification class for the architecture, or no head.
     """
+    if network.head != "own":
+        raise ValueError(f"{network.name}: network.head is of language models: a scalar model has no vocabulary")
     model, missing = _load(network, AutoModelForSequenceClassification, num_labels=1)
     if network.weights == "random" or any(key.startswith("score") for key in missing):
         if need_head:

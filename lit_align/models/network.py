@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Head = Literal["own", "torch", "liger"]
+
 
 @dataclass
 class Lora:
@@ -42,6 +44,11 @@ class Network:
         activation_checkpointing: recompute activations in backward to save memory.
         compile: run packed batches through torch.compile, with dynamic shapes and a dense mask; sampling is as it was.
             A CPU needs a C++ compiler for it. What it gains was not measured.
+        head: what computes a language model's log-probabilities. own: lit_align's pass over the logits, held where they
+            are few, made again in backward where they are many. torch: its `linear_cross_entropy`, of torch 2.13 and
+            computing in fp32: less memory, and on a CPU more time. liger: Liger's kernel, of GPUs (extra `liger`).
+            What these two do not do (entropies, a nucleus, a head that is more than a product) falls to the own one,
+            and the log says so.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
         shared: of PPO's value and reward: no model of its own, but adapters and a head on the policy's backbone. `name`
@@ -56,6 +63,7 @@ class Network:
     attention: Literal["sdpa", "eager", "flex_attention"] | None = None
     activation_checkpointing: bool = False
     compile: bool = False
+    head: Head = "own"
     trust_remote_code: bool = False
     revision: str | None = None
     shared: bool = False

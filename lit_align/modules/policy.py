@@ -51,7 +51,7 @@ class PolicyModule(AlignModule):
     def configure_model(self) -> None:
         """Load the policy, once."""
         if not hasattr(self, "policy"):
-            self.policy = self.spread(LanguageModel(load_causal_lm(self.network)))
+            self.policy = self.spread(LanguageModel(load_causal_lm(self.network), self.network.head))
             self.tokenizer = load_tokenizer(self.network.name, self.network.trust_remote_code, self.network.revision)
 
     def exported(self) -> Any:
@@ -87,7 +87,7 @@ class PolicyModule(AlignModule):
         frozen = replace(network or self.network, lora=None, activation_checkpointing=False)
         if frozen.weights == "random":
             raise ValueError("the reference cannot start from random weights: give it a folder or a hub name")
-        self.reference = self.spread(LanguageModel(load_causal_lm(frozen)).requires_grad_(False))
+        self.reference = self.spread(LanguageModel(load_causal_lm(frozen), frozen.head).requires_grad_(False))
 
     @torch.no_grad()
     def reference_logps(self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
