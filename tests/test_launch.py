@@ -127,6 +127,14 @@ def test_zero_is_one_process_and_is_resumed_to_the_bit(
 
 
 @pytest.mark.slow
+@needs_deepspeed
+def test_zero_takes_no_step_in_silence(place: tuple[str, Path]) -> None:
+    command = ("-m", "lit_align", "fit", "-c", written(place, "sft", "far", 2, dtype="float32", strategy="zero2"))
+    with pytest.raises(AssertionError, match="FloatingPointError: the gradient is not finite: lower the learning rate"):
+        torchrun("2", *command, "--model.init_args.optimizer.init_args.lr=1e38")
+
+
+@pytest.mark.slow
 def test_an_adapter_is_gathered_from_its_slices(place: tuple[str, Path]) -> None:
     weights = []
     for devices, more in ((1, {}), (2, {"strategy": "fsdp2"})):

@@ -113,10 +113,16 @@ class ZeROStrategy(DDPStrategy):
         model: LightningModule | nn.Module | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Forward, backward and hooks as ever; then DeepSpeed divides, clips and steps."""
+        """Forward, backward and hooks as ever; then DeepSpeed divides, clips and steps.
+
+        Raises:
+            FloatingPointError: it took no step, which it says nowhere: the gradient is not finite.
+        """
         assert self.lightning_module is not None
         result = self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
         self.engine.step()
+        if not self.engine.was_step_applied():
+            raise FloatingPointError("the gradient is not finite: lower the learning rate, or look at the data")
         return result
 
     def scale_gradients(self, scale: float) -> None:
