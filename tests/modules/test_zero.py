@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.imports import RequirementCache
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 from torch.optim import SGD, Adafactor, Adam, AdamW
@@ -47,6 +48,6 @@ def test_weights_are_not_sliced() -> None:
 
 
 def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero, "DEEPSPEED", False)
-    with pytest.raises(ModuleNotFoundError, match=r"zero2 needs DeepSpeed: pip install 'lit_align\[deepspeed\]'"):
+    monkeypatch.setattr(zero, "DEEPSPEED", RequirementCache("deepspeed>=99"))
+    with pytest.raises(ModuleNotFoundError, match=r"zero2 needs deepspeed>=99: pip install 'lit_align\[deepspeed\]'"):
         StrategyRegistry.get("zero2")
