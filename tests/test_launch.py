@@ -21,8 +21,12 @@ from support.tiny import tiny_folder
 
 from lit_align.cli import main
 from lit_align.commands import experiments
+from lit_align.modules.zero import DEEPSPEED
 
 TOLERANCE = 1e-6  # what is logged or exported is in fp32
+FP32_TOLERANCE = 1e-5  # six steps of AdamW at 0.01, all of it in fp32
+
+needs_deepspeed = pytest.mark.skipif(not DEEPSPEED, reason="DeepSpeed is not installed")
 
 
 @pytest.fixture
@@ -31,13 +35,22 @@ def place(tmp_path: Path) -> tuple[str, Path]:
     return tiny_folder(tmp_path / "model"), tmp_path
 
 
-def written(place: tuple[str, Path], method: str, name: str, devices: int, lora: bool = False, **trainer: Any) -> str:
+def written(
+    place: tuple[str, Path],
+    method: str,
+    name: str,
+    devices: int,
+    lora: bool = False,
+    dtype: str = "float64",
+    **trainer: Any,
+) -> str:
     """The configuration of a run of six optimizer steps on batches of four."""
     folder, root = place
-    trainer = {"max_steps": 6, "devices": devices, "precision": "64-true", "gradient_clip_val": 0.5, **trainer}
+    precision = f"{dtype.removeprefix('float')}-true"
+    trainer = {"max_steps": 6, "devices": devices, "precision": precision, "gradient_clip_val": 0.5, **trainer}
     content = config(method, folder, root, root / name, **trainer)
     content["data"]["init_args"]["batch_size"] = 4 // devices
-    content["model"]["init_args"]["network"] |= {"dtype": "float64", "lora": {"r": 4} if lora else None}
+    content["model"]["init_args"]["network"] |= {"dtype": dtype, "lora": {"r": 4} if lora else None}
     (root / f"{name}.yaml").write_text(yaml.safe_dump(content))
     return str(root / f"{name}.yaml")
 
@@ -95,6 +108,33 @@ def test_in_slices_a_run_is_resumed_to_the_bit(place: tuple[str, Path]) -> None:
 
 
 @pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize(("method", "lora", "stage"), [("sft", False, 1), ("dpo", False, 2), ("reward", True, 2)])
+def test_zero_is_one_process_and_is_resumed_to_the_bit(
+    method: str, lora: bool, stage: int, place: tuple[str, Path]
+) -> None:
+    told: dict[str, Any] = {"lora": lora, "dtype": "float32", "val_check_interval": 2, "accumulate_grad_batches": 2}
+    whole, broken = (written(place, method, name, 2, strategy=f"zero{stage}", **told) for name in ("whole", "broken"))
+    torchrun("2", "-m", "lit_align", "fit", "-c", whole)
+    stop = '--trainer.callbacks=[{"class_path": "support.stop.StopAt", "init_args": {"batch": 6}}]'
+    with pytest.raises(AssertionError, match="RuntimeError: stopped"):
+        torchrun("2", "-m", "lit_align", "fit", "-c", broken, stop)
+    torchrun("2", "-m", "lit_align", "fit", "-c", broken, "--ckpt_path", "last")
+    outcome = left(place[1] / "whole")
+    assert_same(outcome, left(place[1] / "broken"), 0.0)
+    main(["fit", "-c", written(place, method, "one", 1, **told)])
+    assert_same(left(place[1] / "one"), outcome, FP32_TOLERANCE)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_zero_takes_no_step_in_silence(place: tuple[str, Path]) -> None:
+    command = ("-m", "lit_align", "fit", "-c", written(place, "sft", "far", 2, dtype="float32", strategy="zero2"))
+    with pytest.raises(AssertionError, match="FloatingPointError: the gradient is not finite: lower the learning rate"):
+        torchrun("2", *command, "--model.init_args.optimizer.init_args.lr=1e38")
+
+
+@pytest.mark.slow
 def test_an_adapter_is_gathered_from_its_slices(place: tuple[str, Path]) -> None:
     weights = []
     for devices, more in ((1, {}), (2, {"strategy": "fsdp2"})):
@@ -122,7 +162,14 @@ for process in $started; do wait "$process" || exit 1; done
 
 
 @pytest.mark.slow
-def test_the_job_for_slurm_is_one_process(place: tuple[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "dtype", "tolerance"),
+    [
+        ("ddp", "float64", TOLERANCE),
+        pytest.param("zero2", "float32", FP32_TOLERANCE, marks=needs_deepspeed),
+    ],
+)
+def test_the_job_for_slurm_is_one_process(strategy: str, dtype: str, tolerance: float, place: tuple[str, Path]) -> None:
     root = place[1]
     (root / "bin").mkdir()
     (root / "bin" / "srun").write_text(SRUN)
@@ -139,9 +186,15 @@ def test_the_job_for_slurm_is_one_process(place: tuple[str, Path]) -> None:
         "OMP_NUM_THREADS": "1",
     }
     cluster = experiments() / "cluster"
-    files = ["-c", written(place, "sft", "two", 2), "-c", str(cluster / "ddp.yaml"), "--trainer.accelerator=cpu"]
+    files = [
+        "-c",
+        written(place, "sft", "two", 2, dtype=dtype),
+        "-c",
+        str(cluster / f"{strategy}.yaml"),
+        "--trainer.accelerator=cpu",
+    ]
     command = ["bash", str(cluster / "slurm.sh"), *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    main(["fit", "-c", written(place, "sft", "one", 1)])
-    assert_same(left(root / "one"), left(root / "two"), TOLERANCE)
+    main(["fit", "-c", written(place, "sft", "one", 1, dtype=dtype)])
+    assert_same(left(root / "one"), left(root / "two"), tolerance)

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lit_align.modules.strategy import FSDP2Strategy
+from lit_align.modules.zero import ZeROStrategy
 
 
 class WeightEMA(Callback):
@@ -44,10 +45,13 @@ class WeightEMA(Callback):
         """Look at the strategy.
 
         Raises:
-            ValueError: it keeps the weights in slices, of which a checkpoint would hold the first process's alone.
+            ValueError: it keeps the weights in slices, of which a checkpoint would hold the first process's alone; or
+                it steps slices, and weights change only after the optimizer's step.
         """
         if stage == "fit" and isinstance(trainer.strategy, FSDP2Strategy):
             raise ValueError("WeightEMA averages whole weights, and fsdp2 slices them: use ddp, or take WeightEMA out")
+        if stage == "fit" and isinstance(trainer.strategy, ZeROStrategy):
+            raise ValueError("WeightEMA averages whole weights, and zero steps slices: use ddp, or take WeightEMA out")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the weights as they are, or go on; and watch the optimizers.

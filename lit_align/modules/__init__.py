@@ -6,6 +6,7 @@ from lit_align.modules.reward import RewardModule
 from lit_align.modules.schedule import WSD, Constant, Cosine, Linear, Schedule
 from lit_align.modules.sft import SFTModule
 from lit_align.modules.strategy import FSDP2Strategy
+from lit_align.modules.zero import ZeROStrategy
 
 __all__ = [
     "WSD",
@@ -18,4 +19,5 @@ __all__ = [
     "RewardModule",
     "SFTModule",
     "Schedule",
+    "ZeROStrategy",
 ]

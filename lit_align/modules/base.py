@@ -21,7 +21,7 @@ from lit_align.models.sharding import shard
 from lit_align.models.trees import TreeModel
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.schedule import Schedule
-from lit_align.modules.strategy import check_strategy
+from lit_align.modules.strategy import check_strategy, scale_gradients
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
 
 _DATA = {
@@ -75,7 +75,8 @@ class AlignModule(LightningModule):
             ValueError: names the strategy, and one to use.
         """
         takes = self.predict_batch_type if stage == "predict" else self.batch_type
-        check_strategy(self.trainer.strategy, type(self).__name__, samples=takes is PromptBatch)
+        manual = stage == "fit" and not self.automatic_optimization
+        check_strategy(self.trainer.strategy, type(self).__name__, samples=takes is PromptBatch, manual=manual)
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for metric in (child for child in self.children() if isinstance(child, Metric)):
@@ -221,11 +222,7 @@ class AlignModule(LightningModule):
         numbers = self.sum_over_ranks([number for pair in self._sums.values() for number in pair])
         sums = dict(zip(self._sums, numbers.reshape(-1, 2), strict=True))
         # Distributed strategies average gradients over ranks: undo that too.
-        scale = self.trainer.world_size / float(sums["loss"][1])
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
+        scale_gradients(self.trainer.strategy, optimizer, self.trainer.world_size / float(sums["loss"][1]))
         for name, (total, count) in sums.items():
             if count:  # no pair in the whole step has no accuracy
                 self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,12 +50,13 @@ class RoleMemory(NamedTuple):
         return f"{self.role} {self.parameters / 1e6:,.2f} M parameters, {self.weights / MIB:,.0f} MiB{trains}"
 
 
-def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[RoleMemory]:
+def memory_budget(module: nn.Module, optimizers: Collection[Optimizer]) -> list[RoleMemory]:
     """What each role of a module holds while it is trained.
 
     Args:
         module: its children are the roles; adapters that one has on the backbone of another are its own.
-        optimizers: whose state is counted; see `state_numbers`.
+        optimizers: whose state is counted; see `state_numbers`. What they step on that is not the module's (ZeRO's
+            slices of its weights) is a role of its own.
     """
     states = {
         id(parameter): state_numbers(optimizer, group)
@@ -76,6 +77,10 @@ def memory_budget(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[Ro
         training = sum(_bytes(parameter) * (1 + states.get(id(parameter), 0)) for parameter in trained)
         counts = sum(p.numel() for p in own), sum(p.numel() for p in trained)
         roles.append(RoleMemory(role, *counts, sum(map(_bytes, own)), training))
+    stepped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    if slices := [p for p in stepped if id(p) not in seen]:
+        count, training = sum(p.numel() for p in slices), sum(_bytes(p) * (1 + states[id(p)]) for p in slices)
+        roles.append(RoleMemory("optimizer's slices", count, count, sum(map(_bytes, slices)), training))
     return roles
 
 

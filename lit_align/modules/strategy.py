@@ -20,7 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from lit_align.modules.zero import ZeROStrategy
+
 _SHARD = "use trainer.strategy: fsdp2 to shard a model, or ddp where it fits on each device"
+_EXACT = "use trainer.strategy: zero1 or zero2, which are DeepSpeed's, too"
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -95,13 +98,25 @@ def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, An
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all processes")
 
 
-def check_strategy(strategy: Strategy, name: str, samples: bool) -> None:
+def scale_gradients(strategy: Strategy, optimizer: Optimizer, scale: float) -> None:
+    """Multiply all gradients of an optimizer before it steps."""
+    if isinstance(strategy, ZeROStrategy):
+        strategy.scale_gradients(scale)
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+
+
+def check_strategy(strategy: Strategy, name: str, samples: bool, manual: bool = False) -> None:
     """Refuse strategies that would train something else.
 
     Args:
         strategy: the Trainer's.
         name: of the module.
         samples: whether it samples from the model.
+        manual: whether it clips gradients and steps the optimizer itself.
 
     Raises:
         ValueError: says what to use.
@@ -109,13 +124,18 @@ def check_strategy(strategy: Strategy, name: str, samples: bool) -> None:
     kind = type(strategy).__name__
     if kind == "DeepSpeedStrategy":
         raise ValueError(
-            f"{kind} is not supported: it keeps gradients where they cannot be divided by the exact count of what is "
-            f"scored; {_SHARD}"
+            f"{kind} is not supported: it divides losses by the number of micro-batches, not gradients by the exact "
+            f"count of what is scored, and its checkpoints are its own; {_EXACT}"
         )
     if kind == "FSDPStrategy":
         raise ValueError(f"{kind} (FSDP1) is not supported: {_SHARD}")
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         raise ValueError(f"{kind} cuts matrices, too, and its checkpoints hold what is frozen: {_SHARD}")
+    if isinstance(strategy, ZeROStrategy):
+        if strategy.precision_plugin.precision not in ("32-true", "bf16-mixed"):
+            raise ValueError("zero1 and zero2 keep weights in fp32: set trainer.precision to bf16-mixed or 32-true")
+        if manual:
+            raise ValueError(f"{name} steps its optimizer itself, which zero1 and zero2 do: use trainer.strategy: ddp")
     if not isinstance(strategy, FSDP2Strategy):
         return
     if strategy.precision_plugin.precision == "16-mixed":  # which Lightning refuses, too, of its own strategy

@@ -19,6 +19,7 @@ from lit_align import Lora, Network
 from lit_align.callbacks import HFExport, WeightEMA
 from lit_align.cli import main
 from lit_align.modules.strategy import FSDP2Strategy
+from lit_align.modules.zero import ZeROStrategy
 
 
 class Watch(Callback):
@@ -96,9 +97,10 @@ def test_a_decay_that_is_none(decay: float) -> None:
         WeightEMA(decay)
 
 
-def test_slices_are_not_averaged() -> None:
-    trainer: Any = SimpleNamespace(strategy=FSDP2Strategy())
-    with pytest.raises(ValueError, match="WeightEMA averages whole weights, and fsdp2 slices them: use ddp"):
+@pytest.mark.parametrize(("kind", "says"), [(FSDP2Strategy, "fsdp2 slices them"), (ZeROStrategy, "zero steps slices")])
+def test_slices_are_not_averaged(kind: type, says: str) -> None:
+    trainer: Any = SimpleNamespace(strategy=kind.__new__(kind))
+    with pytest.raises(ValueError, match=f"WeightEMA averages whole weights, and {says}: use ddp"):
         WeightEMA().setup(trainer, None, "fit")  # type: ignore[arg-type]
     WeightEMA().setup(trainer, None, "validate")  # type: ignore[arg-type]
 

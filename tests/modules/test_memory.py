@@ -66,6 +66,11 @@ def test_budget_by_hand() -> None:
         RoleMemory("value", 2, 2, 8, 24),
     ]
     assert [role.training for role in memory_budget(module, [sgd])] == [40, 0, 8]
+    slices = torch.optim.AdamW([nn.Parameter(torch.ones(6))])  # half of the weights, as ZeRO steps on
+    assert memory_budget(module, [slices])[2:] == [
+        RoleMemory("value", 2, 2, 8, 8),
+        RoleMemory("optimizer's slices", 6, 6, 24, 72),
+    ]
 
 
 # Kills: 0 for what is not Adam; momentum, amsgrad or centered forgotten.

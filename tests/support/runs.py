@@ -114,11 +114,13 @@ class Scripted:
         return answers
 
 
-def build(method: str, folder: str, rows: Path, **data: Any) -> tuple[LightningModule, LightningDataModule]:
-    """A module in float64 and its data module."""
+def build(
+    method: str, folder: str, rows: Path, dtype: Any = "float64", **data: Any
+) -> tuple[LightningModule, LightningDataModule]:
+    """A module, in float64 unless told otherwise, and its data module."""
     method, _, held = method.partition(":")
-    network = Network(folder, dtype="float64", **NETWORKS.get(held, {}))
-    reference = Network(folder.replace("policy", "reference"), dtype="float64")
+    network = Network(folder, dtype=dtype, **NETWORKS.get(held, {}))
+    reference = Network(folder.replace("policy", "reference"), dtype=dtype)
     common: dict[str, Any] = {"optimizer": functools.partial(torch.optim.SGD, lr=1.0)}
     data = {"val_fraction": 0.0, "cache_dir": "none", **data}
     demos, rankings = [Source(str(rows / "demos.json"))], [Source(str(rows / "rankings.json"))]
@@ -171,6 +173,7 @@ def one_step(
     strategy: str = "auto",
     held_out: int = 0,
     clip: float | None = None,
+    precision: Any = "64-true",
     **data: Any,
 ) -> Result:
     """Loss and weights after one optimizer step, and what was logged; `held_out` rows are validated on after it."""
@@ -187,7 +190,7 @@ def one_step(
             accelerator="cpu",
             devices=devices,
             strategy=strategy,
-            precision="64-true",
+            precision=precision,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=clip,
             logger=False,
