@@ -163,9 +163,13 @@ class PPOModule(OnPolicyModule):
         """What the policy says of each scored token, and the value model, if there is one, of the state before it."""
         with self.working_on(batch):
             scored = self.policy(batch, self.sampling.temperature, self.sampling.top_p, entropies)
-            if isinstance(self.value, ValueHead):
-                return scored, self.value(scored.hidden_SH)
-            return scored, None if self.value is None else self.value.values(batch)
+            return scored, self.values(batch, scored)
+
+    def values(self, batch: PackedBatch, scored: TokenScores) -> Tensor | None:
+        """What the value model, if there is one, says of the state before each scored token."""
+        if isinstance(self.value, ValueHead):
+            return self.value(scored.hidden_SH)
+        return None if self.value is None else self.value.values(batch)
 
     # The algorithm.
 
@@ -285,27 +289,21 @@ class PPOModule(OnPolicyModule):
         scale = self.trainer.world_size / self.sum_over_ranks([float(count)])[0].item()
         if not warming_up:
             self.backward_ptx(ptx)
-        coefficients = {"policy_loss": 1.0, "value_loss": self.value_coef, "kl_loss": self.kl_coef}
         sums: dict[str, Tensor] = {}
         for i, (old, (weights_S, _)) in enumerate(zip(mini_batch, weights, strict=True)):
             with self.gradient_sync(on=i == len(mini_batch) - 1):
-                scored, values_S = self(old.batch)
-                losses = self.losses(old, scored.logps_S, values_S)
-                loss_S = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum(0)
-                self.manual_backward((weights_S * loss_S).sum() * scale)
-            with torch.no_grad():
-                clipped = clip_fraction(scored.logps_S, old.logps_S, self.clip, self.clip_high)
-                here = {
-                    **{name: (weights_S * loss).sum() for name, loss in losses.items()},
-                    "ratio": (scored.logps_S - old.logps_S).exp().sum(),
-                    "approx_kl": estimate_kl(old.logps_S, scored.logps_S, "k3").sum(),
-                    "clip_fraction": clipped * old.batch.num_scored,
-                }
-                sums = {name: sums.get(name, 0.0) + value.detach() for name, value in here.items()}
+                logps_S, losses = self.gradients(old, weights_S * scale)
+            here = {
+                **{name: (weights_S * loss_S).sum() for name, loss_S in losses.items()},
+                "ratio": (logps_S - old.logps_S).exp().sum(),
+                "approx_kl": estimate_kl(old.logps_S, logps_S, "k3").sum(),
+                "clip_fraction": clip_fraction(logps_S, old.logps_S, self.clip, self.clip_high) * old.batch.num_scored,
+            }
+            sums = {name: sums.get(name, 0.0) + value for name, value in here.items()}
         # Means over all ranks, not means of the ranks' means.
         *totals, all_tokens, all_count = self.sum_over_ranks([*sums.values(), float(tokens), float(count)])
         means = {
-            name: total / (all_count if name in coefficients else all_tokens)
+            name: total / (all_count if name.endswith("_loss") else all_tokens)
             for name, total in zip(sums, totals, strict=True)
         }
         if warming_up:
@@ -314,15 +312,36 @@ class PPOModule(OnPolicyModule):
                 parameter.grad = None
         return {**means, "grad_norm": self.step(take=not self.too_far(means["approx_kl"]))}
 
-    def losses(self, old: Experience, logps_S: Tensor, values_S: Tensor | None) -> dict[str, Tensor]:
-        """Each loss of each token."""
-        clips = self.clip, self.clip_high, self.dual_clip
-        losses = {"policy_loss": ppo_policy_loss(logps_S, old.logps_S, old.advantages_S, *clips)}
+    def gradients(self, old: Experience, weights_S: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward of a micro-batch; returns its log-probabilities and each loss of each token."""
+        with self.working_on(old.batch):
+            scored = self.policy(old.batch, self.sampling.temperature, self.sampling.top_p)
+        logps_S, losses = scored.logps_S.detach(), self.policy_losses(old, scored.logps_S)
+        # A value model of its own comes after the policy, whose activations are gone by then. DDP, which takes all
+        # gradients of a step from one backward, holds both.
+        apart = self.value is not None and not isinstance(self.value, ValueHead) and self.trainer.world_size == 1
+        if apart:
+            self.backward_of(losses, weights_S)
+        with self.working_on(old.batch):
+            values_S = self.values(old.batch, scored)
         if values_S is not None:
             losses["value_loss"] = ppo_value_loss(values_S, old.values_S, old.returns_S, self.value_clip)
+        self.backward_of({"value_loss": losses["value_loss"]} if apart else losses, weights_S)
+        return logps_S, {name: loss_S.detach() for name, loss_S in losses.items()}
+
+    def policy_losses(self, old: Experience, logps_S: Tensor) -> dict[str, Tensor]:
+        """Each loss of the policy, of each token."""
+        clips = self.clip, self.clip_high, self.dual_clip
+        losses = {"policy_loss": ppo_policy_loss(logps_S, old.logps_S, old.advantages_S, *clips)}
         if self.kl_in == "loss":
             losses["kl_loss"] = estimate_kl(logps_S, old.reference_S, self.kl_estimator)
         return losses
+
+    def backward_of(self, losses: dict[str, Tensor], weights_S: Tensor) -> None:
+        """Gradients of the weighted sum of losses."""
+        coefficients = {"policy_loss": 1.0, "value_loss": self.value_coef, "kl_loss": self.kl_coef}
+        loss_S = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum(0)
+        self.manual_backward((weights_S * loss_S).sum())
 
     def too_far(self, approx_kl: Tensor) -> bool:
         """Whether the policy is further than `target_kl` from the one that sampled."""

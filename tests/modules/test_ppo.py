@@ -521,6 +521,26 @@ def test_the_critic_is_warmed_up_before_the_policy_moves(place: Path, separate: 
     assert moved == [{"value"}, {"value"}, {"value", "policy"}]
 
 
+# Kills: activations of policy and value model held at once; a value head whose trunk's graph is gone.
+@pytest.mark.parametrize(("separate", "order"), [(True, "bvb"), (False, "vb")])
+def test_a_value_model_of_its_own_comes_when_the_policy_is_done(place: Path, separate: bool, order: str) -> None:
+    ppo = module(place, value=Network(reward_model(place)) if separate else None, epochs=1, micro_batch_size=64)
+    done = ""
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal done
+            done += name if torch.is_grad_enabled() else ""
+            return function(*arguments)
+
+        return call
+
+    ppo.values = noted("v", ppo.values)  # type: ignore[method-assign]
+    ppo.manual_backward = noted("b", ppo.manual_backward)  # type: ignore[method-assign]
+    fit(ppo, data(place), max_epochs=1, limit_train_batches=1)
+    assert done == order
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
