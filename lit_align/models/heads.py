@@ -37,17 +37,10 @@ def obstacle(head: Head, states_SH: Tensor, temperature: float, top_p: float, en
         temperature: divides the logits.
         top_p: mass of the nucleus.
         entropies: whether they are asked for.
-
-    Raises:
-        ValueError: Liger's kernel is of GPUs, and the states are on a CPU.
     """
-    if head == "liger" and states_SH.device.type == "cpu":
-        raise ValueError(
-            "network.head: liger is a kernel of GPUs, and the model is on a CPU: leave it out, or set "
-            "trainer.accelerator: gpu"
-        )
     half = states_SH.dtype in (torch.bfloat16, torch.float16)
     obstacles = {
+        "the model is on a CPU": head == "liger" and states_SH.device.type == "cpu",
         "no tokens are scored": len(states_SH) == 0,
         "entropies are asked for": entropies,
         "a nucleus is asked for": top_p != 1.0,

@@ -126,9 +126,11 @@ class LanguageModel(TreeModel):
 
     def _path(self, states_SH: Tensor, temperature: float, top_p: float, entropies: bool) -> str:
         """Which way a head that is one matrix is gone through."""
-        own = "chunked" if self._logits_bytes(states_SH) > self.dense_bytes else "dense"
-        why_not = None if self.head == "own" else obstacle(self.head, states_SH, temperature, top_p, entropies)
-        path = own if self.head == "own" or why_not else self.head
+        if self._logits_bytes(states_SH) <= self.dense_bytes:
+            path, why_not = "dense", None  # whatever was asked for: to make logits twice costs time
+        else:
+            why_not = None if self.head == "own" else obstacle(self.head, states_SH, temperature, top_p, entropies)
+            path = "chunked" if self.head == "own" or why_not else self.head
         self._say(path, states_SH, why_not)
         return path
 
@@ -137,12 +139,12 @@ class LanguageModel(TreeModel):
         if (path, why_not) in self._said:
             return
         self._said.add((path, why_not))
-        reason = f"not {self.head}, as {why_not}; " if why_not else "as network.head says; " if path in FUSED else "as "
-        held = "none are held" if path in FUSED else f"up to {self.dense_bytes / 2**20:,.0f} MiB are held"
+        limit = f"{self.dense_bytes / 2**20:,.0f} MiB"
+        held = {"dense": f"all are held up to {limit}", "chunked": f"{limit} are held"}.get(path, "none are held")
         rank_zero_info(
-            f"vocabulary head: {path}, {reason}{len(states_SH):,} scored tokens x "
-            f"{self.hf.config.get_text_config().vocab_size:,} are {self._logits_bytes(states_SH) / 2**20:,.0f} MiB of "
-            f"logits, of which {held}"
+            f"vocabulary head: {path}, {f'not {self.head}, as {why_not}; ' if why_not else 'as '}"
+            f"{len(states_SH):,} scored tokens x {self.hf.config.get_text_config().vocab_size:,} are "
+            f"{self._logits_bytes(states_SH) / 2**20:,.0f} MiB of logits: {held}"
         )
 
     def _logits_bytes(self, states_SH: Tensor) -> int:

@@ -38,6 +38,16 @@ def load_causal_lm(network: Network) -> PreTrainedModel:
     return model
 
 
+def check_scalar(network: Network) -> None:
+    """Refuse options of language models.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if network.head != "own":
+        raise ValueError(f"{network.name}: network.head is of language models: a scalar model has no vocabulary")
+
+
 def load_scorer(network: Network, need_head: bool = False) -> PreTrainedModel:
     """A backbone with a scalar head, in transformers' own sequence-classification layout with one label.
 
@@ -51,8 +61,7 @@ def load_scorer(network: Network, need_head: bool = False) -> PreTrainedModel:
     Raises:
         ValueError: no such folder or hub name, no sequence-classification class for the architecture, or no head.
     """
-    if network.head != "own":
-        raise ValueError(f"{network.name}: network.head is of language models: a scalar model has no vocabulary")
+    check_scalar(network)
     model, missing = _load(network, AutoModelForSequenceClassification, num_labels=1)
     if network.weights == "random" or any(key.startswith("score") for key in missing):
         if need_head:

@@ -44,11 +44,11 @@ class Network:
         activation_checkpointing: recompute activations in backward to save memory.
         compile: run packed batches through torch.compile, with dynamic shapes and a dense mask; sampling is as it was.
             A CPU needs a C++ compiler for it. What it gains was not measured.
-        head: what computes a language model's log-probabilities. own: lit_align's pass over the logits, held where they
-            are few, made again in backward where they are many. torch: its `linear_cross_entropy`, of torch 2.13 and
-            computing in fp32: less memory, and on a CPU more time. liger: Liger's kernel, of GPUs (extra `liger`).
-            What these two do not do (entropies, a nucleus, a head that is more than a product) falls to the own one,
-            and the log says so.
+        head: what computes a language model's log-probabilities where its logits are too many to be held; where they
+            are few, they are held. own: lit_align's pass, which makes them again in backward. torch: its
+            `linear_cross_entropy`, of torch 2.13 and computing in fp32: less memory, and on a CPU more time. liger:
+            Liger's kernel, of GPUs (extra `liger`). What these two do not do (entropies, a nucleus, a head that is more
+            than a product) falls to the own one, and the log says so. PPO takes the own one alone.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
         shared: of PPO's value and reward: no model of its own, but adapters and a head on the policy's backbone. `name`

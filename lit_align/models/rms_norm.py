@@ -48,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         normed, inverse, weight = ctx.saved_tensors
         product = grad * normed
-        grad_weight = product.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_weight = product.reshape(-1, len(weight)).sum(0) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None
         mean = (product @ weight).div_(len(weight)).unsqueeze(-1)
@@ -91,6 +91,8 @@ def _same(module: nn.Module) -> bool:
     size = sum(weight.numel() for weight in module.parameters())
     probe = copy.deepcopy(module).to_empty(device="cpu").float()
     probe.weight = nn.Parameter(torch.randn(size, **here))
+    # Large enough to tell where it is added.
+    setattr(probe, "variance_epsilon" if hasattr(probe, "variance_epsilon") else "eps", 0.5)
     x = torch.randn(2, 3, size, **here)
     theirs = type(module).forward
     try:

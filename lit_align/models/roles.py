@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_align.models.language import LanguageModel
-from lit_align.models.load import load_scorer
+from lit_align.models.load import check_scalar, load_scorer
 from lit_align.models.lora import (
     ADAPTER,
     adapter_on,
@@ -58,6 +58,7 @@ class ScalarAdapter(Scorer):
     def __init__(self, policy: LanguageModel, network: Network, role: str, trained: bool = False) -> None:
         super().__init__()
         hf = policy.hf
+        check_scalar(network)
         if not has_lora(policy):
             raise ValueError(f"{role}: shared means adapters on the policy's frozen weights: train it by network.lora")
         # In a tuple it is no child: its weights are the policy's to move, to save and to count.

@@ -278,8 +278,13 @@ class AlignModule(LightningModule):
     def gradient_sync(self, on: bool) -> Iterator[None]:
         """Under DDP, all-reduce gradients in this backward or keep them local: the last of a step is enough."""
         model: Any = self.trainer.strategy.model
-        with contextlib.nullcontext() if on or not hasattr(model, "no_sync") else model.no_sync():
+        with contextlib.nullcontext() if on or not self.one_backward else model.no_sync():
             yield
+
+    @property
+    def one_backward(self) -> bool:
+        """Whether all gradients of a step are to come from one backward, as DDP, on one device too, wants them."""
+        return hasattr(self.trainer.strategy.model, "no_sync")
 
     def log_all(self, prefix: str, values: dict[str, Tensor], prog_bar: Collection[str] = ()) -> None:
         """Log scalars under a prefix, averaged over ranks."""

@@ -61,6 +61,9 @@ def check_on_policy(module: OnPolicyModule) -> None:
     check_ranges(module, ON_POLICY)
     if module.sampling.temperature == 0:
         raise ValueError("PPO explores by sampling: set sampling.temperature above 0")
+    if module.network.head != "own":
+        # Entropies would be asked of one kernel and gradients of another: a first ratio that is nearly 1.
+        raise ValueError(f"PPO measures entropies, which head {module.network.head} does not give: unset network.head")
 
 
 def check_ppo(module: PPOModule) -> None:

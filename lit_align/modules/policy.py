@@ -48,6 +48,16 @@ class PolicyModule(AlignModule):
         self.engine: Engine = engine or TransformersEngine()
         self.reference: LanguageModel | None = None
 
+    def setup(self, stage: str) -> None:
+        """Refuse a kernel of GPUs on a CPU.
+
+        Raises:
+            ValueError: says what to set.
+        """
+        super().setup(stage)
+        if self.network.head == "liger" and self.trainer.strategy.root_device.type == "cpu":
+            raise ValueError("network.head: liger is a kernel of GPUs: leave it out, or set trainer.accelerator: gpu")
+
     def configure_model(self) -> None:
         """Load the policy, once."""
         if not hasattr(self, "policy"):

@@ -317,9 +317,9 @@ class PPOModule(OnPolicyModule):
         with self.working_on(old.batch):
             scored = self.policy(old.batch, self.sampling.temperature, self.sampling.top_p)
         logps_S, losses = scored.logps_S.detach(), self.policy_losses(old, scored.logps_S)
-        # A value model of its own comes after the policy, whose activations are gone by then. DDP, which takes all
-        # gradients of a step from one backward, holds both.
-        apart = self.value is not None and not isinstance(self.value, ValueHead) and self.trainer.world_size == 1
+        # A value model of its own comes after the policy, whose activations are gone by then; but for DDP, which holds
+        # both.
+        apart = self.value is not None and not isinstance(self.value, ValueHead) and not self.one_backward
         if apart:
             self.backward_of(losses, weights_S)
         with self.working_on(old.batch):

@@ -7,14 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny import norms_in_float64, tiny_config, tiny_folder
+from lightning import Trainer
+from support.tiny import VOCABULARY, norms_in_float64, tiny_config, tiny_folder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, load_scorer
 from lit_align.models.heads import obstacle
+from lit_align.models.roles import ScalarAdapter
+from lit_align.modules import PPOModule, SFTModule
+from lit_align.rewards import FunctionReward
 from lit_align.types import Example, PackedBatch, Segment
+
+
+@pytest.fixture(autouse=True)
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of two tokens are held at most."""
+    monkeypatch.setattr(LanguageModel, "dense_bytes", 8 * VOCABULARY)
+
 
 needs_torch = pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="torch 2.13")
 
@@ -50,7 +61,20 @@ def test_a_model_scores_the_same_by_torchs_head(
         got = scores(LanguageModel(model, "torch"), temperature)
     assert len(got) == len(expected) > 5
     assert all(torch.allclose(ours, theirs, rtol=0, atol=1e-12) for ours, theirs in zip(expected, got, strict=True))
-    assert "vocabulary head: torch, as network.head says" in caplog.text
+    assert f"vocabulary head: torch, as 4 scored tokens x {VOCABULARY}" in caplog.text
+
+
+# Kills: logits made twice that could be held.
+def test_few_logits_are_held_whatever_was_asked_for(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "dense_bytes", 16 * VOCABULARY)
+    monkeypatch.setattr("lit_align.models.language.FUSED", {})
+    model = LanguageModel(tiny())
+    model.head = "torch"
+    with caplog.at_level("INFO"):
+        model(batch())
+    assert "vocabulary head: dense, as 4 scored tokens" in caplog.text
 
 
 @needs_torch
@@ -63,9 +87,9 @@ def test_what_torchs_head_does_not_do_falls_to_the_own_one_and_is_said_once(capl
             assert torch.equal(scored.logps_S, expected.logps_S)
             assert torch.equal(scored.entropies_S, expected.entropies_S)  # type: ignore[arg-type]
             assert torch.equal(language(batch(), top_p=0.7).logps_S, own(batch(), top_p=0.7).logps_S)
-    assert caplog.text.count("vocabulary head: dense, not torch, as entropies are asked for") == 1
-    assert caplog.text.count("vocabulary head: dense, not torch, as a nucleus is asked for") == 1
-    assert caplog.text.count("vocabulary head: dense, as ") == 1
+    assert caplog.text.count("vocabulary head: chunked, not torch, as entropies are asked for") == 1
+    assert caplog.text.count("vocabulary head: chunked, not torch, as a nucleus is asked for") == 1
+    assert caplog.text.count("vocabulary head: chunked, as ") == 1
 
 
 @needs_torch
@@ -95,8 +119,18 @@ def test_what_keeps_ligers_kernel_from_being_used() -> None:
     )
     assert obstacle("liger", states.float(), 0.7, 1.0, False) is None
     assert obstacle("liger", states[:0], 1.0, 1.0, False) == "no tokens are scored"
-    with pytest.raises(ValueError, match=r"the model is on a CPU: leave it out, or set trainer.accelerator: gpu"):
-        obstacle("liger", torch.zeros(3, 4), 1.0, 1.0, False)
+    assert obstacle("liger", torch.zeros(3, 4), 1.0, 1.0, False) == "the model is on a CPU"
+
+
+def test_a_run_on_a_cpu_refuses_ligers_kernel_before_it_loads_anything(tmp_path: Path) -> None:
+    module = SFTModule(Network(str(tmp_path / "nowhere"), head="liger"))
+    with pytest.raises(ValueError, match=r"a kernel of GPUs: leave it out, or set trainer\.accelerator: gpu"):
+        Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1).fit(module, [])
+
+
+def test_ppo_refuses_a_head_that_gives_no_entropies() -> None:
+    with pytest.raises(ValueError, match=r"head torch does not give: unset network\.head"):
+        PPOModule(Network("x", head="torch"), FunctionReward(lambda *_: []))
 
 
 def test_a_head_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,3 +143,5 @@ def test_a_head_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, t
         LanguageModel(model, "torch")
     with pytest.raises(ValueError, match="a scalar model has no vocabulary"):
         load_scorer(Network(tiny_folder(tmp_path / "model"), head="torch"))
+    with pytest.raises(ValueError, match="a scalar model has no vocabulary"):
+        ScalarAdapter(LanguageModel(model), Network("adapter", head="torch"), "value")

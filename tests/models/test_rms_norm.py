@@ -34,7 +34,7 @@ def states(*shape: int) -> tuple[Tensor, Tensor]:
 
 
 # Kills: the mean left out of the gradient; the weight's gradient of one row; weights that are forgotten.
-@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8), (2, 3, 2, 8)])
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 3, 8), (2, 3, 2, 8)])
 def test_the_gradient_is_that_of_finite_differences(shape: tuple[int, ...]) -> None:
     assert torch.autograd.gradcheck(lambda x, w: rms_norm(x, w, 1e-3), states(*shape))
 
@@ -61,6 +61,21 @@ def test_values_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyP
     x, weight = (tensor.detach().float() for tensor in states(2, 3, len(layer.weight)))
     layer.weight.data = weight
     torch.testing.assert_close(layer(x), theirs(layer, x), rtol=1e-6, atol=1e-6)
+
+
+# Kills: a probe whose eps is too small to be seen.
+def test_a_layer_that_adds_eps_elsewhere_is_left_alone() -> None:
+    class OtherRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
+
+    theirs = OtherRMSNorm.forward
+    normalize_in_few_passes(torch.nn.Sequential(OtherRMSNorm()))  # type: ignore[arg-type]
+    assert OtherRMSNorm.forward is theirs
 
 
 # Kills: a layer that adds 1 to its weights, taken for one that does not.

@@ -525,20 +525,37 @@ def test_the_critic_is_warmed_up_before_the_policy_moves(place: Path, separate: 
 @pytest.mark.parametrize(("separate", "order"), [(True, "bvb"), (False, "vb")])
 def test_a_value_model_of_its_own_comes_when_the_policy_is_done(place: Path, separate: bool, order: str) -> None:
     ppo = module(place, value=Network(reward_model(place)) if separate else None, epochs=1, micro_batch_size=64)
-    done = ""
+    done, saved, held = "", 0, []
+
+    class Saved:
+        """What a graph keeps for its backward."""
+
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal saved
+            saved += 1
+            self.tensor = tensor
+
+        def __del__(self) -> None:
+            nonlocal saved
+            saved -= 1
 
     def noted(name: str, function: Any) -> Any:
         def call(*arguments: Any) -> Any:
             nonlocal done
-            done += name if torch.is_grad_enabled() else ""
+            if torch.is_grad_enabled():
+                done += name
+                held.append(saved)
             return function(*arguments)
 
         return call
 
     ppo.values = noted("v", ppo.values)  # type: ignore[method-assign]
     ppo.manual_backward = noted("b", ppo.manual_backward)  # type: ignore[method-assign]
-    fit(ppo, data(place), max_epochs=1, limit_train_batches=1)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda kept: kept.tensor):
+        fit(ppo, data(place), max_epochs=1, limit_train_batches=1)
     assert done == order
+    assert held[order.index("b")] > 10
+    assert (held[order.index("v")] == 0) == separate
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,21 @@ def test_two_processes_are_one(name: str, two: Callable[[str], tuple[Result, Res
     assert any(key.startswith("val/") for key in metrics)
 
 
+# Kills: DDP of one process taken for none; it wants all gradients from one backward, too.
+@pytest.mark.parametrize("method", ["ppo", "ppo_separate_value"])
+def test_ddp_on_one_device_is_no_ddp(method: str, tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    told: dict[str, Any] = {"method": method, "folder": place(tmp_path, "llama"), "rows": tmp_path, "batch_size": 4}
+    loss, weights, _ = one_step(**told)
+    try:
+        other_loss, other_weights, _ = one_step(**told, strategy="ddp")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert other_loss == pytest.approx(loss, abs=TOLERANCE)
+    assert all(torch.allclose(weight, other_weights[key], rtol=0, atol=TOLERANCE) for key, weight in weights.items())
+
+
 @pytest.mark.parametrize(
     ("method", "stage", "strategy", "says"),
     [
