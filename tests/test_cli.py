@@ -309,7 +309,7 @@ def test_loggers_and_progress_bars_of_the_users_own(place: Path) -> None:
 def test_a_run_speaks_of_itself_alone(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     main(["fit", "-c", str(place / "sft.yaml")])
     said = [record.getMessage() for record in caplog.records]
-    assert [line.partition(" ")[0] for line in said] == ["train", "val", "memory:", "peak"]
+    assert [line.partition(" ")[0] for line in said] == ["train", "val", "memory:", "vocabulary", "peak"]
     assert all(line.endswith("demos.json: 8 rows, 8 examples") for line in said[:2])
 
 

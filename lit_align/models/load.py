@@ -69,9 +69,16 @@ def load_scorer(network: Network, need_head: bool = False) -> PreTrainedModel:
                 f"{network.name!r} holds no trained scalar head (score.weight): give the folder of a reward model, "
                 "as RewardModule exports it"
             )
-        head: Any = model.score
-        torch.nn.init.normal_(head.weight, std=1.0 / math.sqrt(head.in_features + 1))
+        draw_head(model.score)
     return model
+
+
+@torch.no_grad()
+def draw_head(head: Any) -> None:
+    """A new scalar head's weights, from N(0, 1 / (H + 1)) (Stiennon et al. 2020); in half precision rounded ones."""
+    # Drawn in fp32: what torch draws in half precision from a seed differs between its versions.
+    drawn = torch.empty_like(head.weight, dtype=torch.promote_types(head.weight.dtype, torch.float32))
+    head.weight.copy_(torch.nn.init.normal_(drawn, std=1.0 / math.sqrt(head.in_features + 1)))
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_align.models.language import LanguageModel
-from lit_align.models.load import check_scalar, load_scorer
+from lit_align.models.load import check_scalar, draw_head, load_scorer
 from lit_align.models.lora import (
     ADAPTER,
     adapter_on,
@@ -68,7 +67,7 @@ class ScalarAdapter(Scorer):
             self._load(hf, Path(network.name))
         elif _same_place(network.name, hf.name_or_path) and network.lora is not None:
             add_lora(hf, network.lora, role)
-            nn.init.normal_(self.linear.weight, std=1.0 / math.sqrt(self.linear.in_features + 1))
+            draw_head(self.linear)
         else:
             raise ValueError(
                 f"{role}: {network.name!r} is neither the folder of an adapter (`lora: {{export: adapter}}` of the run "

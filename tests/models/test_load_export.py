@@ -21,6 +21,7 @@ from lit_align.models import (
     load_scorer,
     load_tokenizer,
 )
+from lit_align.models.load import draw_head
 from lit_align.models.lora import adapters_off, has_lora
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
@@ -123,6 +124,17 @@ def test_a_reward_is_never_computed_by_a_random_head(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "start")
     with pytest.raises(ValueError, match="holds no trained scalar head"):
         load_scorer(Network(folder), need_head=True)
+
+
+# Kills: a head drawn in the weights' precision, which differs between versions of torch; a variance of another width.
+def test_a_new_scalar_head_is_the_same_in_every_precision() -> None:
+    heads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        heads.append(torch.nn.Linear(4_095, 1, bias=False, dtype=dtype))
+        torch.manual_seed(0)
+        draw_head(heads[-1])
+    assert torch.equal(heads[0].weight.bfloat16(), heads[1].weight)
+    assert heads[0].weight.std().item() == pytest.approx(1 / 64, rel=0.05)
 
 
 def test_an_unknown_name_is_one_line(tmp_path: Path) -> None:

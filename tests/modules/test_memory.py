@@ -160,13 +160,13 @@ def test_ppo_names_its_own_options(tmp_path: Path) -> None:
     tiny_folder(tmp_path / "reference", seed=1)
     module, data = build("ppo", str(tmp_path / "policy"), tmp_path)
     says = r"out of memory in the backward of a micro-batch of \d+ tokens in \d rows: lower model\.micro_batch_size or"
-    forward = module.forward
+    values_of = module.values
 
-    def fails_in_backward(*call: Any, **options: Any) -> Any:
-        scored, values = forward(*call, **options)
-        return scored, FailsInBackward.apply(values) if values.requires_grad else values
+    def fails_in_backward(*call: Any) -> Any:
+        values = values_of(*call)
+        return FailsInBackward.apply(values) if values.requires_grad else values
 
-    module.forward = fails_in_backward
+    module.values = fails_in_backward
     with pytest.raises(OutOfMemory, match=says):
         quick_trainer(max_steps=1).fit(module, data)
     module, data = build("ppo", str(tmp_path / "policy"), tmp_path)
