@@ -10,7 +10,7 @@ def entry() -> int:
 
     try:
         main()
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, FloatingPointError, OSError, MemoryError) as error:
         if os.environ.get("LIT_ALIGN_DEBUG"):
             raise
         said = "; ".join([str(error), *getattr(error, "__notes__", ())])

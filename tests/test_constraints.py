@@ -38,6 +38,13 @@ def test_the_highest_are_allowed_and_complete() -> None:
         assert requirement.specifier.contains(highest[canonicalize_name(requirement.name)]), requirement
 
 
+def test_extras_that_tests_run_with_are_pinned() -> None:
+    highest = pinned("constraints.txt")
+    for extra in ("deepspeed", "liger"):
+        for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
+            assert requirement.specifier.contains(highest[canonicalize_name(requirement.name)]), requirement
+
+
 def test_the_metadata_names_what_is_supported() -> None:
     named = re.findall(r"Programming Language :: Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()

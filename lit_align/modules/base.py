@@ -22,6 +22,7 @@ from lit_align.models.trees import TreeModel
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.schedule import Schedule
 from lit_align.modules.strategy import check_strategy, scale_gradients
+from lit_align.modules.zero import ZeROStrategy
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
 
 _DATA = {
@@ -327,7 +328,9 @@ class AlignModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Say what will be held in memory; and continue the random sequence of the checkpoint, if there is one."""
-        roles = memory_budget(self, self.trainer.optimizers)
+        strategy = self.trainer.strategy
+        in_slices = isinstance(strategy, ZeROStrategy) and strategy.stage == 2
+        roles = memory_budget(self, self.trainer.optimizers, in_slices)
         total = sum(role.weights + role.training for role in roles) / MIB
         rank_zero_info(f"memory: {'; '.join(map(str, roles))}; {total:,.0f} MiB in all before activations")
         # Only now has everything drawn that draws at start-up.

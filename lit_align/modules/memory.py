@@ -50,13 +50,16 @@ class RoleMemory(NamedTuple):
         return f"{self.role} {self.parameters / 1e6:,.2f} M parameters, {self.weights / MIB:,.0f} MiB{trains}"
 
 
-def memory_budget(module: nn.Module, optimizers: Collection[Optimizer]) -> list[RoleMemory]:
+def memory_budget(
+    module: nn.Module, optimizers: Collection[Optimizer], gradients_in_slices: bool = False
+) -> list[RoleMemory]:
     """What each role of a module holds while it is trained.
 
     Args:
         module: its children are the roles; adapters that one has on the backbone of another are its own.
         optimizers: whose state is counted; see `state_numbers`. What they step on that is not the module's (ZeRO's
             slices of its weights) is a role of its own.
+        gradients_in_slices: the gradients are that role's alone, as in ZeRO's stage 2: no other keeps a whole one.
     """
     states = {
         id(parameter): state_numbers(optimizer, group)
@@ -74,7 +77,8 @@ def memory_budget(module: nn.Module, optimizers: Collection[Optimizer]) -> list[
     roles = []
     for role, own in of_role.items():
         trained = [parameter for parameter in own if parameter.requires_grad]
-        training = sum(_bytes(parameter) * (1 + states.get(id(parameter), 0)) for parameter in trained)
+        gradient = 0 if gradients_in_slices else 1
+        training = sum(_bytes(parameter) * (gradient + states.get(id(parameter), 0)) for parameter in trained)
         counts = sum(p.numel() for p in own), sum(p.numel() for p in trained)
         roles.append(RoleMemory(role, *counts, sum(map(_bytes, own)), training))
     stepped = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]

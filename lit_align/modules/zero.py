@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ class ZeROStrategy(DDPStrategy):
     """
 
     engine: Any  # deepspeed.DeepSpeedEngine, while it trains
+    _weights: list[list[nn.Parameter]]  # of each of the optimizer's groups, in the order in which they lie end to end
 
     def __init__(
         self,
@@ -92,6 +94,8 @@ class ZeROStrategy(DDPStrategy):
                 optimizer=optimizer,
                 config=config,
             )
+        # Kept: a checkpoint may be asked for when the engine is gone.
+        self._weights = [list(group) for group in self.engine.optimizer.bit16_groups]
 
     def teardown(self) -> None:
         """Let the hooks of DeepSpeed go, too."""
@@ -116,13 +120,21 @@ class ZeROStrategy(DDPStrategy):
         """Forward, backward and hooks as ever; then DeepSpeed divides, clips and steps.
 
         Raises:
-            FloatingPointError: it took no step, which it says nowhere: the gradient is not finite.
+            FloatingPointError: it took no step, which it says nowhere, as the gradient is not finite; names the step
+                before, and the last checkpoint.
         """
         assert self.lightning_module is not None
         result = self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
         self.engine.step()
         if not self.engine.was_step_applied():
-            raise FloatingPointError("the gradient is not finite: lower the learning rate, or look at the data")
+            trainer = self.lightning_module.trainer
+            checkpoint: Any = trainer.checkpoint_callback
+            last = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+            kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"stopped after optimizer step {trainer.global_step}: the gradient of the next is not finite: lower "
+                f"the learning rate, or look at the data; {kept}"
+            )
         return result
 
     def scale_gradients(self, scale: float) -> None:
@@ -143,7 +155,8 @@ class ZeROStrategy(DDPStrategy):
             groups.append({**group, "params": list(numbers)})
             for key, value in optimizer.state[piece].items():
                 cut = isinstance(value, Tensor) and value.shape == piece.shape
-                values = self._whole(value, weights) if cut else [value] * len(weights)
+                # Each its own: torch counts steps in place, for all weights that share the number.
+                values = self._whole(value, weights) if cut else [copy.deepcopy(value) for _ in weights]
                 for number, own in zip(numbers, values, strict=True):
                     state[number][key] = own
         return {"state": {number: own for number, own in state.items() if own}, "param_groups": groups}
@@ -165,13 +178,9 @@ class ZeROStrategy(DDPStrategy):
                 }
             optimizer.load_state_dict({"state": state, "param_groups": groups})
 
-    @property
-    def _weights(self) -> list[list[nn.Parameter]]:
-        """Of each of the optimizer's groups, in the order in which they lie end to end."""
-        return self.engine.optimizer.bit16_groups
-
     def _whole(self, piece: Tensor, weights: list[nn.Parameter]) -> list[Tensor]:
         """What all processes hold of a number per weight, in the weights' shapes."""
+        piece = piece.to(self.root_device)  # after a fit it is on the CPU
         pieces = [torch.empty_like(piece) for _ in range(self.world_size)]
         torch.distributed.all_gather(pieces, piece)
         end_to_end = torch.cat(pieces).cpu()[: sum(weight.numel() for weight in weights)]  # padded at its end

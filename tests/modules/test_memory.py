@@ -55,7 +55,8 @@ class Roles(nn.Module):
         self.nothing = nn.Identity()
 
 
-# Kills: shared weights counted twice; gradients of frozen weights; bytes of fp32 assumed; state of SGD.
+# Kills: shared weights counted twice; gradients of frozen weights, or twice those in slices; bytes of fp32 assumed;
+# state of SGD.
 def test_budget_by_hand() -> None:
     module = Roles()
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -69,6 +70,10 @@ def test_budget_by_hand() -> None:
     slices = torch.optim.AdamW([nn.Parameter(torch.ones(6))])  # half of the weights, as ZeRO steps on
     assert memory_budget(module, [slices])[2:] == [
         RoleMemory("value", 2, 2, 8, 8),
+        RoleMemory("optimizer's slices", 6, 6, 24, 72),
+    ]
+    assert memory_budget(module, [slices], gradients_in_slices=True)[2:] == [
+        RoleMemory("value", 2, 2, 8, 0),
         RoleMemory("optimizer's slices", 6, 6, 24, 72),
     ]
 

@@ -121,6 +121,25 @@ def test_ddp_on_one_device_is_no_ddp(method: str, tmp_path: Path) -> None:
     assert all(torch.allclose(weight, other_weights[key], rtol=0, atol=TOLERANCE) for key, weight in weights.items())
 
 
+@pytest.mark.slow
+@needs_deepspeed
+def test_under_autocast_zero_is_ddp(tmp_path: Path) -> None:
+    """Which cuts up the batch as they do: what bf16 rounds away is the same."""
+    write_rows(tmp_path)
+    told = job("sft zero2", tmp_path) | {"clip": 0.5}
+    jobs = {name: told | {"strategy": name, "precision": "bf16-mixed"} for name in ("ddp", "zero1", "zero2")}
+    results = in_two_processes({**jobs, "fp32": told | {"strategy": "ddp"}}, tmp_path)
+    loss, weights, _ = results["ddp"]
+
+    def far(name: str) -> float:
+        return max(float((weight - results[name][1][key]).abs().max()) for key, weight in weights.items())
+
+    assert far("fp32") > 100 * ZERO_TOLERANCE
+    for name in ("zero1", "zero2"):
+        assert results[name][0] == pytest.approx(loss, abs=ZERO_TOLERANCE)
+        assert far(name) < ZERO_TOLERANCE, name
+
+
 @pytest.mark.parametrize(
     ("method", "stage", "strategy", "says"),
     [
