@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_align.functional.rows import read_rows
+
 # Modules of a layer that look at one token at a time and feed nothing but its own state: Llama and its kin, GPT-NeoX,
 # GPT-2. A name that is missing is computed for every token, and costs nothing but time.
 PER_TOKEN = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attention.dense", "attn.c_proj")
@@ -45,7 +47,7 @@ def only_read(backbone: PreTrainedModel, read_S: Tensor, shape: torch.Size) -> I
 
     def pick(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         (states_RNH,) = inputs
-        return states_RNH.flatten(0, 1)[None, read_U]
+        return read_rows(states_RNH.flatten(0, 1), read_U)[None]
 
     def spread(module: nn.Module, inputs: Any, output_1UH: Tensor) -> Tensor:
         output_MH = output_1UH.new_zeros(rows * tokens, output_1UH.shape[-1])

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_align.functional.attention import tree_mask, tree_rule
 from lit_align.functional.packing import pack, unpack
+from lit_align.functional.rows import read_rows
 from lit_align.models.last_layer import only_read
 from lit_align.models.tree_attention import attends_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
@@ -75,7 +76,7 @@ def read_states(
             attention_mask=attention_mask(backbone.config, batch, backbone.dtype),
             use_cache=False,
         )
-    return output.last_hidden_state.flatten(0, 1)[read_S]
+    return read_rows(output.last_hidden_state.flatten(0, 1), read_S)
 
 
 def read_states_by_tree(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor, thrifty: bool) -> Tensor:
@@ -94,13 +95,13 @@ def read_states_by_tree(backbone: PreTrainedModel, batch: PackedBatch, read_S: T
             blocks=tree_blocks(tree_T, branch_T, positions_T, backbone.dtype),
             use_cache=False,
         )
-    return output.last_hidden_state[0][read_S]
+    return read_rows(output.last_hidden_state[0], read_S)
 
 
 def read_states_unpacked(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor) -> Tensor:
     """The same from a batch with one sequence a row, by way of the plain two-dimensional mask."""
     output = backbone(input_ids=batch.tokens_RN, attention_mask=(batch.tree_RN >= 0).long(), use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)[read_S]
+    return read_rows(output.last_hidden_state.flatten(0, 1), read_S)
 
 
 class TreeModel(nn.Module):
