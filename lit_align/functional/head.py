@@ -25,9 +25,9 @@ def linear_logprobs(
     """Log p(target) under a linear head without bias, and the entropy of p, both from one pass over the logits.
 
     The logits are made and looked at `chunk` rows at a time, few enough to stay in the cache of a processor. Where they
-    lie they become probabilities, and in backward their own gradient: one tensor of S x V, and one exponential, where
-    softmax and cross-entropy as separate operations take three and two. Where they are too many to hold, they are made
-    again in backward, `hold` rows at a time: no tensor of S x V, and a product more.
+    lie they become probabilities, and then their own gradient up to a factor for each row: one tensor of S x V, and one
+    exponential, where softmax and cross-entropy as separate operations take three and two. Where they are too many to
+    hold, they are made again in backward, `hold` rows at a time: no tensor of S x V, and a product more.
 
     Args:
         hidden_SH: the states that predict. Shape (S, H).
@@ -51,7 +51,7 @@ def linear_logprobs(
 
 
 class _LinearLogprobs(torch.autograd.Function):
-    """d log p(t) / d logits = onehot(t) - p."""
+    """d log p(t) / d logits = onehot(t) - p, to be multiplied by the gradient of log p only where it is S x H."""
 
     @staticmethod
     def forward(
@@ -94,8 +94,8 @@ class _LinearLogprobs(torch.autograd.Function):
             rows = hidden_SH[lost_S], weight_VH, target_S[lost_S], temperature, top_p
             logits_CV = _logits(*rows, logps_S.new_empty(int(lost_S.sum()), vocabulary))
             logps_S[lost_S] = said_S[lost_S] - logits_CV.logsumexp(-1)
-        ctx.kept = probs_SV if keep else None
-        ctx.save_for_backward(hidden_SH, weight_VH, target_S)
+        error_SV = _minus_onehot(probs_SV, target_S) if keep else None
+        ctx.save_for_backward(hidden_SH, weight_VH, target_S, error_SV)
         if not entropies:
             return logps_S, None
         # H = logsumexp - E[logit].
@@ -106,11 +106,10 @@ class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_S: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden_SH, weight_VH, target_S = ctx.saved_tensors
+        hidden_SH, weight_VH, target_S, kept_SV = ctx.saved_tensors
         temperature, top_p, chunk, hold = ctx.options
         to_hidden, to_weight = ctx.needs_input_grad[:2]
-        kept_SV, ctx.kept = ctx.kept, None  # overwritten below: a second backward makes them again
-        grad_S = grad_S / temperature
+        grad_S = grad_S / -temperature
         grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
         grad_weight: Tensor | None = None
         # A CPU's product with few columns runs at two thirds of the rate of its transpose.
@@ -119,25 +118,30 @@ class _LinearLogprobs(torch.autograd.Function):
         # The products take as many rows as there is room for: of few rows with many columns they are slow.
         for first in range(0, len(target_S), max(len(room_PV), 1)):
             piece = slice(first, first + len(room_PV))
-            hidden_PH, target_P, grad_P = hidden_SH[piece], target_S[piece], grad_S[piece]
-            for start in range(0, len(target_P), chunk):
-                at = slice(start, start + chunk)
-                probs_CV = room_PV[: len(target_P)][at]
-                if kept_SV is None:
-                    _logits(hidden_PH[at], weight_VH, target_P[at], temperature, top_p, probs_CV)
-                    torch.softmax(probs_CV, -1, out=probs_CV)
-                probs_CV.mul_(-grad_P[at, None]).scatter_add_(1, target_P[at, None], grad_P[at, None])
-            grad_PV = room_PV[: len(target_P)].to(weight_VH.dtype)
+            hidden_PH, target_P, grad_P1 = hidden_SH[piece], target_S[piece], grad_S[piece, None]
+            error_PV = room_PV[: len(target_P)]
+            if kept_SV is None:
+                for start in range(0, len(target_P), chunk):
+                    at = slice(start, start + chunk)
+                    _logits(hidden_PH[at], weight_VH, target_P[at], temperature, top_p, error_PV[at])
+                    torch.softmax(error_PV[at], -1, out=error_PV[at])
+                _minus_onehot(error_PV, target_P)
+            error_PV = error_PV.to(weight_VH.dtype)
             if grad_hidden is not None:
-                torch.mm(grad_PV, weight_VH, out=grad_hidden[piece])
+                grad_hidden[piece] = (error_PV @ weight_VH) * grad_P1
             if to_weight:
-                product_VH = (hidden_PH.T @ grad_PV).T.contiguous() if narrow else grad_PV.T @ hidden_PH
+                scaled_PH = (hidden_PH * grad_P1).to(weight_VH.dtype)
+                product_VH = (scaled_PH.T @ error_PV).T.contiguous() if narrow else error_PV.T @ scaled_PH
                 # Sums over pieces, in bf16, would lose what each adds.
                 product_VH = product_VH.to(grad_S.dtype)
                 grad_weight = product_VH if grad_weight is None else grad_weight.add_(product_VH)
         if to_weight:
             grad_weight = torch.zeros_like(weight_VH) if grad_weight is None else grad_weight.to(weight_VH.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+def _minus_onehot(probs_SV: Tensor, target_S: Tensor) -> Tensor:
+    return probs_SV.scatter_add_(1, target_S[:, None], probs_SV.new_full((len(target_S), 1), -1.0))
 
 
 def _logits(

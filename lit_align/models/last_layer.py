@@ -1,8 +1,9 @@
 """The last layer, computed only for tokens whose state is read.
 
 Of a pair of answers a reward model reads two states, and a policy those before each scored token; what the last layer
-says of all other tokens goes nowhere. Its keys and values are needed of every token, its queries, output projection and
-feed-forward network of those that are read: with six layers and two states read of six hundred, a seventh of the work.
+says of all other tokens goes nowhere. Its keys and values are needed of every token, its queries, attention, output
+projection and feed-forward network of those that are read: with six layers and two states read of six hundred, a
+seventh of the work.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from lit_align.functional.rows import read_rows
 # Modules of a layer that look at one token at a time and feed nothing but its own state: Llama and its kin, GPT-NeoX,
 # GPT-2. A name that is missing is computed for every token, and costs nothing but time.
 PER_TOKEN = ("mlp", "self_attn.q_proj", "self_attn.o_proj", "attention.dense", "attn.c_proj")
+# What attends, told of the blocks that a row is cut into if it attends tree by tree.
+ATTENTION = ("self_attn", "attention", "attn")
 
 
 def last_layer(backbone: PreTrainedModel) -> nn.Module | None:
@@ -53,8 +56,12 @@ def only_read(backbone: PreTrainedModel, read_S: Tensor, shape: torch.Size) -> I
         output_MH = output_1UH.new_zeros(rows * tokens, output_1UH.shape[-1])
         return output_MH.index_copy(0, read_U, output_1UH[0]).unflatten(0, (rows, tokens))
 
-    hooks = []
+    def narrow(module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        blocks = options.get("blocks")
+        return inputs, options if blocks is None else {**options, "blocks": blocks.only(read_U)}
+
     modules = dict(layer.named_modules())
+    hooks = [modules[at].register_forward_pre_hook(narrow, with_kwargs=True) for at in ATTENTION if at in modules]
     for name in PER_TOKEN:
         if name in modules:
             hooks += [modules[name].register_forward_pre_hook(pick), modules[name].register_forward_hook(spread)]

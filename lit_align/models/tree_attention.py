@@ -30,10 +30,24 @@ class TreeBlocks(NamedTuple):
     Attributes:
         lengths: tokens of each.
         masks: what is added to its attention scores, shape (1, 1, n, n); None for a chain, which is causal.
+        read: tokens of the row whose attention is wanted, ascending; None for all.
+        counts: how many of them lie in each block, and rows there are in its mask.
     """
 
     lengths: list[int]
     masks: list[Tensor | None]
+    read: Tensor | None = None
+    counts: list[int] | None = None
+
+    def only(self, read_U: Tensor) -> TreeBlocks:
+        """The same for some queries alone, ascending."""
+        ends = torch.tensor(self.lengths).cumsum(0)
+        counts = torch.bincount(torch.bucketize(read_U, ends, right=True), minlength=len(ends)).tolist()
+        masks: list[Tensor | None] = []
+        for here, end, length, mask in zip(read_U.split(counts), ends.tolist(), self.lengths, self.masks, strict=True):
+            rows = here - (end - length)
+            masks.append((torch.arange(length) <= rows[:, None])[None, None] if mask is None else mask[:, :, rows])
+        return TreeBlocks(self.lengths, masks, read_U, counts)
 
 
 def tree_blocks(tree_T: Tensor, branch_T: Tensor, positions_T: Tensor, dtype: torch.dtype) -> TreeBlocks:
@@ -84,17 +98,28 @@ def tree_attention(
         options: of transformers.
 
     Returns:
-        Shape (1, T, heads, head size), and no weights.
+        Shape (1, T, heads, head size), zeros where it is not wanted, and no weights.
     """
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    wanted = query if blocks.read is None else query.index_select(2, blocks.read)
     # Split and not sliced: the gradient of many slices is as many whole tensors of zeros.
-    parts = (x.split(blocks.lengths, 2) for x in (query, key, value))
+    parts = zip(
+        wanted.split(blocks.counts or blocks.lengths, 2),
+        key.split(blocks.lengths, 2),
+        value.split(blocks.lengths, 2),
+        blocks.masks,
+        strict=True,
+    )
     pieces = [
         sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal=True)[0]
-        for q, k, v, mask in zip(*parts, blocks.masks, strict=True)
+        for q, k, v, mask in parts
+        if q.shape[2]
     ]
-    return torch.cat(pieces, 1), None
+    output = torch.cat(pieces, 1)
+    if blocks.read is None:
+        return output, None
+    return output.new_zeros(1, query.shape[2], *output.shape[2:]).index_copy(1, blocks.read, output), None
 
 
 def attend_by_tree(model: PreTrainedModel) -> None:

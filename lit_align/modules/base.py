@@ -61,6 +61,7 @@ class AlignModule(LightningModule):
         # Frozen weights are not in checkpoints: see on_save_checkpoint.
         self.strict_loading = False
         self._sums: dict[str, tuple[Any, int]] = {}
+        self._divided = False
         self._rng: dict[str, Any] | None = None
         self._work = "a micro-batch"
 
@@ -164,8 +165,13 @@ class AlignModule(LightningModule):
         for micro_batch in first:
             # DDP expects no gradients before its forward has ended, and leaves these where they are.
             self.trainer.strategy.backward(self._forward_of(micro_batch), None)
+        loss = self._forward_of(last)
+        # Where this is all there is to the step, the loss is divided, which is one number, and not every gradient.
+        self._divided = not first and self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
+        if self._divided:
+            return loss * (1.0 / self._sums["loss"][1])
         # Lightning divides by this; the sum is to stay a sum.
-        return self._forward_of(last) * self.trainer.accumulate_grad_batches
+        return loss * self.trainer.accumulate_grad_batches
 
     def _forward_of(self, batch: Any) -> Tensor:
         with self.working_on(getattr(batch, "packed", batch)):
@@ -222,8 +228,9 @@ class AlignModule(LightningModule):
             return
         numbers = self.sum_over_ranks([number for pair in self._sums.values() for number in pair])
         sums = dict(zip(self._sums, numbers.reshape(-1, 2), strict=True))
-        # Distributed strategies average gradients over ranks: undo that too.
-        scale_gradients(self.trainer.strategy, optimizer, self.trainer.world_size / float(sums["loss"][1]))
+        if not self._divided:
+            # Distributed strategies average gradients over ranks: undo that too.
+            scale_gradients(self.trainer.strategy, optimizer, self.trainer.world_size / float(sums["loss"][1]))
         for name, (total, count) in sums.items():
             if count:  # no pair in the whole step has no accuracy
                 self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))

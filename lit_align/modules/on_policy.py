@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,6 +18,22 @@ from lit_align.modules.options import check_on_policy
 from lit_align.modules.policy import PolicyModule
 from lit_align.rewards import Reward
 from lit_align.types import PackedBatch, PromptBatch, Rollout
+
+
+class Experience(NamedTuple):
+    """A micro-batch of scored answers: what the policies and the value model said of them when they were sampled.
+
+    Packed once and then used in every epoch as it is: the same rows give the same numbers, so that in the first pass
+    the ratio of new to old probabilities is 1 and not 1.0000002.
+    """
+
+    batch: PackedBatch
+    logps_S: Tensor
+    advantages_S: Tensor
+    reference_S: Tensor
+    values_S: Any = None  # a tensor, and None where there is no value model
+    returns_S: Any = None
+    scored: Any = None  # the policy's `TokenScores` with their graph, where the first update can start from them
 
 
 class OnPolicyModule(PolicyModule):
@@ -213,7 +229,7 @@ class OnPolicyModule(PolicyModule):
             **{f"reward_{name}": part_Q.mean() for name, part_Q in self.reward.parts().items()},
         }
 
-    def drift(self, rollout: Rollout, picked: Sequence[Tensor], experience: Sequence[Any]) -> dict[str, Tensor]:
+    def drift(self, rollout: Rollout, picked: Sequence[Tensor], experience: Sequence[Experience]) -> dict[str, Tensor]:
         """How far training is from sampling before the first step, over all ranks; nothing if the engine does not say.
 
         Args:

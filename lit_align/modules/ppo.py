@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,25 +25,10 @@ from lit_align.models.language import TokenScores
 from lit_align.models.network import Network
 from lit_align.models.roles import load_role, trained_apart
 from lit_align.models.scalar import Scorer, ValueHead
-from lit_align.modules.on_policy import OnPolicyModule
+from lit_align.modules.on_policy import Experience, OnPolicyModule
 from lit_align.modules.options import Advantage, check_ppo
 from lit_align.rewards import Reward
 from lit_align.types import PackedBatch, PromptBatch, Rollout
-
-
-class Experience(NamedTuple):
-    """A micro-batch of scored answers: what the policies and the value model said of them when they were sampled.
-
-    Packed once and then used in every epoch as it is: the same rows give the same numbers, so that in the first pass
-    the ratio of new to old probabilities is 1 and not 1.0000002.
-    """
-
-    batch: PackedBatch
-    logps_S: Tensor
-    advantages_S: Tensor
-    reference_S: Tensor
-    values_S: Any = None  # a tensor, and None where there is no value model
-    returns_S: Any = None
 
 
 class PPOModule(OnPolicyModule):
@@ -159,17 +144,22 @@ class PPOModule(OnPolicyModule):
             groups.append({"params": value, **({} if self.value_lr is None else {"lr": self.value_lr})})
         return groups
 
-    def forward(self, batch: PackedBatch, entropies: bool = False) -> tuple[TokenScores, Tensor | None]:
+    def forward(self, batch: PackedBatch) -> tuple[TokenScores, Tensor | None]:
         """What the policy says of each scored token, and the value model, if there is one, of the state before it."""
+        scored = self.scores(batch)
+        return scored, self.values(batch, scored)
+
+    def scores(self, batch: PackedBatch, entropies: bool = False) -> TokenScores:
+        """What the policy says of each scored token, under the distribution that it was drawn from."""
         with self.working_on(batch):
-            scored = self.policy(batch, self.sampling.temperature, self.sampling.top_p, entropies)
-            return scored, self.values(batch, scored)
+            return self.policy(batch, self.sampling.temperature, self.sampling.top_p, entropies)
 
     def values(self, batch: PackedBatch, scored: TokenScores) -> Tensor | None:
         """What the value model, if there is one, says of the state before each scored token."""
         if isinstance(self.value, ValueHead):
             return self.value(scored.hidden_SH)
-        return None if self.value is None else self.value.values(batch)
+        with self.working_on(batch):
+            return None if self.value is None else self.value.values(batch)
 
     # The algorithm.
 
@@ -189,6 +179,7 @@ class PPOModule(OnPolicyModule):
                     self.step(take=False)
                 else:
                     stats.append(self.update([experience[i] for i in chosen.tolist()], batch.ptx))
+                    experience = [old._replace(scored=None) for old in experience]
         self.log_all("ppo", {name: torch.stack([s[name] for s in stats]).mean() for name in stats[0]})
         self.log_all("ppo", {"first_ratio": stats[0]["ratio"], "iteration": torch.tensor(float(self.iteration))})
         if self.target_kl is not None:
@@ -200,20 +191,26 @@ class PPOModule(OnPolicyModule):
     def score(self, rollout: Rollout, shuffle: torch.Generator, greedy_Q: Tensor | None = None) -> list[Experience]:
         """Score a rollout and estimate advantages, in micro-batches of whole prompts in shuffled order."""
         scores_Q = self.shaped_scores(rollout)
-        experience, token_rewards, kls, entropies = [], [], [], []
+        experience, token_rewards, kls = [], [], []
+        entropies: list[Any] = []
         picked = self.micro_batches(rollout, shuffle)
+        # The first update's forward is this very one: where a single micro-batch is all there is, it is not repeated.
+        once = len(picked) == 1 and not self.one_backward and self.device_mesh is None
         for sequences in picked:
             batch = self.packed(rollout.pick(sequences.tolist()))
-            scored, values_S = self(batch, entropies=True)
+            with torch.set_grad_enabled(once):
+                scored = self.scores(batch, entropies=True)
+            logps_S, values_S = scored.logps_S.detach(), self.values(batch, scored)
             reference_S = self.reference_logps(batch, self.sampling.temperature, self.sampling.top_p)
             if self.kl_in == "reward":
-                reward_S = -self.kl_coef * estimate_kl(scored.logps_S, reference_S, self.kl_estimator)
+                reward_S = -self.kl_coef * estimate_kl(logps_S, reference_S, self.kl_estimator)
             else:
-                reward_S = torch.zeros_like(scored.logps_S)
+                reward_S = torch.zeros_like(logps_S)
             # The score belongs to the last token that was sampled: the stop token, or the last before the cut.
             token_rewards.append(add_at_ends(reward_S, scores_Q[sequences].to(reward_S), batch.sequence_S))
-            experience.append(Experience(batch, scored.logps_S, reward_S, reference_S, values_S))
-            kls.append(sum_by_sequence(scored.logps_S - reference_S, batch.sequence_S, batch.num_sequences))
+            old = Experience(batch, logps_S, reward_S, reference_S, values_S, scored=scored if once else None)
+            experience.append(old)
+            kls.append(sum_by_sequence(logps_S - reference_S, batch.sequence_S, batch.num_sequences))
             entropies.append(scored.entropies_S)
         kl = self.mean_over_ranks(torch.cat(kls))
         self.log_all("ppo", {"kl": kl, "entropy": self.mean_over_ranks(torch.cat(entropies))})
@@ -314,16 +311,14 @@ class PPOModule(OnPolicyModule):
 
     def gradients(self, old: Experience, weights_S: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of a micro-batch; returns its log-probabilities and each loss of each token."""
-        with self.working_on(old.batch):
-            scored = self.policy(old.batch, self.sampling.temperature, self.sampling.top_p)
+        scored = old.scored or self.scores(old.batch)
         logps_S, losses = scored.logps_S.detach(), self.policy_losses(old, scored.logps_S)
         # A value model of its own comes after the policy, whose activations are gone by then; but for DDP, which holds
         # both.
         apart = self.value is not None and not isinstance(self.value, ValueHead) and not self.one_backward
         if apart:
             self.backward_of(losses, weights_S)
-        with self.working_on(old.batch):
-            values_S = self.values(old.batch, scored)
+        values_S = self.values(old.batch, scored)
         if values_S is not None:
             losses["value_loss"] = ppo_value_loss(values_S, old.values_S, old.returns_S, self.value_clip)
         self.backward_of({"value_loss": losses["value_loss"]} if apart else losses, weights_S)

@@ -521,6 +521,39 @@ def test_the_critic_is_warmed_up_before_the_policy_moves(place: Path, separate: 
     assert moved == [{"value"}, {"value"}, {"value", "policy"}]
 
 
+class Again(PPOModule):
+    """Computes the first update's forward a second time."""
+
+    def update(self, mini_batch: Any, ptx: Any) -> dict[str, Tensor]:
+        return super().update([old._replace(scored=None) for old in mini_batch], ptx)
+
+
+# Kills: a forward repeated; one that is reused after weights have moved, or for one of several micro-batches.
+@pytest.mark.parametrize(("advantage", "separate"), [("gae", True), ("gae", False), ("grpo", False)])
+@pytest.mark.parametrize(("micro_batch", "saved"), [(64, 1), (6, 0)])
+def test_a_rollout_of_one_micro_batch_is_scored_and_updated_by_one_forward(
+    place: Path, advantage: str, separate: bool, micro_batch: int, saved: int
+) -> None:
+    def trained(kind: type[PPOModule]) -> tuple[int, dict[str, Tensor]]:
+        value = Network(reward_model(place)) if separate else None
+        ppo = module(place, advantage=advantage, value=value, epochs=2, micro_batch_size=micro_batch)
+        ppo.__class__ = kind
+        ppo.configure_model()
+        forwards = 0
+
+        def count(*_: Any) -> None:
+            nonlocal forwards
+            forwards += 1
+
+        ppo.policy.register_forward_hook(count)
+        fit(ppo, data(place), max_epochs=2)
+        return forwards, ppo.state_dict()
+
+    (fewer, weights), (forwards, expected) = trained(PPOModule), trained(Again)
+    assert forwards - fewer == 2 * saved  # of two iterations
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 # Kills: activations of policy and value model held at once; a value head whose trunk's graph is gone.
 @pytest.mark.parametrize(("separate", "order"), [(True, "bvb"), (False, "vb")])
 def test_a_value_model_of_its_own_comes_when_the_policy_is_done(place: Path, separate: bool, order: str) -> None:

@@ -80,6 +80,20 @@ def test_one_backbone_four_roles(place: Path) -> None:
     assert ppo.reference is None
 
 
+# Kills: gradients of the policy that other adapters, switched on since its forward, get or keep from it.
+def test_the_forward_that_scores_trains_the_policy_after_other_roles_were_on(place: Path) -> None:
+    def trained(keep: bool) -> dict[str, torch.Tensor]:
+        ppo = module(place)
+        update = ppo.update
+        if not keep:
+            ppo.update = lambda batch, ptx: update([o._replace(scored=None) for o in batch], ptx)  # type: ignore[method-assign]
+        fit(place, ppo, enable_checkpointing=False)
+        return ppo.state_dict()
+
+    kept, again = trained(True), trained(False)
+    assert all(torch.equal(kept[name], again[name]) for name in again)
+
+
 def test_a_reference_below_adapters_does_not_drop_units(place: Path) -> None:
     module = SFTModule(Network(str(place / "model"), dropout=0.5, lora=Lora(r=2)))
     module.configure_model()
