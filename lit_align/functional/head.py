@@ -94,7 +94,7 @@ class _LinearLogprobs(torch.autograd.Function):
             rows = hidden_SH[lost_S], weight_VH, target_S[lost_S], temperature, top_p
             logits_CV = _logits(*rows, logps_S.new_empty(int(lost_S.sum()), vocabulary))
             logps_S[lost_S] = said_S[lost_S] - logits_CV.logsumexp(-1)
-        error_SV = _minus_onehot(probs_SV, target_S) if keep else None
+        error_SV = _subtract_onehot_(probs_SV, target_S) if keep else None
         ctx.save_for_backward(hidden_SH, weight_VH, target_S, error_SV)
         if not entropies:
             return logps_S, None
@@ -109,7 +109,9 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden_SH, weight_VH, target_S, kept_SV = ctx.saved_tensors
         temperature, top_p, chunk, hold = ctx.options
         to_hidden, to_weight = ctx.needs_input_grad[:2]
-        grad_S = grad_S / -temperature
+        grad_S = grad_S / -temperature  # of p - onehot
+        # fp16 has no number as small as most probabilities, unless the loss's scale has made it larger.
+        early = weight_VH.dtype == torch.float16
         grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
         grad_weight: Tensor | None = None
         # A CPU's product with few columns runs at two thirds of the rate of its transpose.
@@ -125,12 +127,13 @@ class _LinearLogprobs(torch.autograd.Function):
                     at = slice(start, start + chunk)
                     _logits(hidden_PH[at], weight_VH, target_P[at], temperature, top_p, error_PV[at])
                     torch.softmax(error_PV[at], -1, out=error_PV[at])
-                _minus_onehot(error_PV, target_P)
+                _subtract_onehot_(error_PV, target_P)
+            error_PV, factor_P1 = (error_PV * grad_P1, torch.ones_like(grad_P1)) if early else (error_PV, grad_P1)
             error_PV = error_PV.to(weight_VH.dtype)
             if grad_hidden is not None:
-                grad_hidden[piece] = (error_PV @ weight_VH) * grad_P1
+                grad_hidden[piece] = (error_PV @ weight_VH) * factor_P1
             if to_weight:
-                scaled_PH = (hidden_PH * grad_P1).to(weight_VH.dtype)
+                scaled_PH = (hidden_PH * factor_P1).to(weight_VH.dtype)
                 product_VH = (scaled_PH.T @ error_PV).T.contiguous() if narrow else error_PV.T @ scaled_PH
                 # Sums over pieces, in bf16, would lose what each adds.
                 product_VH = product_VH.to(grad_S.dtype)
@@ -140,7 +143,8 @@ class _LinearLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
-def _minus_onehot(probs_SV: Tensor, target_S: Tensor) -> Tensor:
+def _subtract_onehot_(probs_SV: Tensor, target_S: Tensor) -> Tensor:
+    """In place."""
     return probs_SV.scatter_add_(1, target_S[:, None], probs_SV.new_full((len(target_S), 1), -1.0))
 
 

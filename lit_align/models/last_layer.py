@@ -58,7 +58,9 @@ def only_read(backbone: PreTrainedModel, read_S: Tensor, shape: torch.Size) -> I
 
     def narrow(module: nn.Module, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         blocks = options.get("blocks")
-        return inputs, options if blocks is None else {**options, "blocks": blocks.only(read_U)}
+        if blocks is None or not len(read_U):
+            return inputs, options
+        return inputs, {**options, "blocks": blocks.only(read_U)}
 
     modules = dict(layer.named_modules())
     hooks = [modules[at].register_forward_pre_hook(narrow, with_kwargs=True) for at in ATTENTION if at in modules]

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation in few passes, for CPUs.
 
 transformers writes it as separate operations, and their gradients pass over tensors of the size of the states a dozen
-times. Written out it takes a few, and nothing is kept but its input.
+times. Written out it takes a few, and of that size nothing is kept but its input.
 
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
 """
@@ -36,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     """Of y = w x r, r = (mean x^2 + eps)^-1/2: dL/dx = r (w g - x r^2 mean(w g x)), of g = dL/dy.
 
-    In place where it can be: a pass over memory that was just written costs half of one over fresh memory.
+    In place where it can be: memory that was just written is still in the cache.
     """
 
     @staticmethod

@@ -29,9 +29,10 @@ class TreeBlocks(NamedTuple):
 
     Attributes:
         lengths: tokens of each.
-        masks: what is added to its attention scores, shape (1, 1, n, n); None for a chain, which is causal.
-        read: tokens of the row whose attention is wanted, ascending; None for all.
-        counts: how many of them lie in each block, and rows there are in its mask.
+        masks: what is added to its attention scores, or whether they count, shape (1, 1, queries, n); None for a chain,
+            which is causal.
+        read: tokens of the row that are its queries, ascending; None if all are.
+        counts: queries in each block; None if all tokens are.
     """
 
     lengths: list[int]
@@ -40,14 +41,25 @@ class TreeBlocks(NamedTuple):
     counts: list[int] | None = None
 
     def only(self, read_U: Tensor) -> TreeBlocks:
-        """The same for some queries alone, ascending."""
+        """The same for few queries: these, ascending, and all of a chain of which they are the better part.
+
+        With a mask of its own the chain would cost more than they save.
+        """
         ends = torch.tensor(self.lengths).cumsum(0)
         counts = torch.bincount(torch.bucketize(read_U, ends, right=True), minlength=len(ends)).tolist()
+        read: list[Tensor] = []
         masks: list[Tensor | None] = []
         for here, end, length, mask in zip(read_U.split(counts), ends.tolist(), self.lengths, self.masks, strict=True):
             rows = here - (end - length)
-            masks.append((torch.arange(length) <= rows[:, None])[None, None] if mask is None else mask[:, :, rows])
-        return TreeBlocks(self.lengths, masks, read_U, counts)
+            if mask is not None:
+                mask = mask[:, :, rows]
+            elif 2 * len(rows) > length:
+                here = torch.arange(end - length, end)
+            else:
+                mask = (torch.arange(length) <= rows[:, None])[None, None]
+            read.append(here)
+            masks.append(mask)
+        return TreeBlocks(self.lengths, masks, torch.cat(read), [len(here) for here in read])
 
 
 def tree_blocks(tree_T: Tensor, branch_T: Tensor, positions_T: Tensor, dtype: torch.dtype) -> TreeBlocks:
@@ -64,7 +76,7 @@ def tree_blocks(tree_T: Tensor, branch_T: Tensor, positions_T: Tensor, dtype: to
     masks: list[Tensor | None] = []
     columns = (x.split(lengths) for x in (tree_T, branch_T, positions_T))
     for count, tree, branch, positions in zip(trees, *columns, strict=True):
-        if count == 1 and not branch.any():
+        if count == 1 and branch.max() <= 1:
             masks.append(None)
             continue
         allowed = tree_mask(tree[None], branch[None], positions[None])

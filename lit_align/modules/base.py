@@ -160,13 +160,16 @@ class AlignModule(LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Forward and backward of each micro-batch; Lightning does the backward of the last, and under DDP its sync."""
+        """Forward and backward of each micro-batch; Lightning does the backward of the last, and under DDP its sync.
+
+        Returns the last one's sum of losses; their mean, where it is all there is to the step.
+        """
         *first, last = batch if isinstance(batch, list) else [batch]
         for micro_batch in first:
             # DDP expects no gradients before its forward has ended, and leaves these where they are.
             self.trainer.strategy.backward(self._forward_of(micro_batch), None)
         loss = self._forward_of(last)
-        # Where this is all there is to the step, the loss is divided, which is one number, and not every gradient.
+        # To divide the loss, where it is known what by, is cheaper than to divide all gradients.
         self._divided = not first and self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
         if self._divided:
             return loss * (1.0 / self._sums["loss"][1])
@@ -223,14 +226,14 @@ class AlignModule(LightningModule):
         return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradient of the summed loss by the count over all micro-batches and ranks."""
+        """Divide the gradient of summed losses by the count over all micro-batches and ranks."""
         if not self.automatic_optimization:
             return
         numbers = self.sum_over_ranks([number for pair in self._sums.values() for number in pair])
         sums = dict(zip(self._sums, numbers.reshape(-1, 2), strict=True))
-        if not self._divided:
-            # Distributed strategies average gradients over ranks: undo that too.
-            scale_gradients(self.trainer.strategy, optimizer, self.trainer.world_size / float(sums["loss"][1]))
+        # Distributed strategies average gradients over ranks: undo that too.
+        scale = self.trainer.world_size / float(sums["loss"][1])
+        scale_gradients(self.trainer.strategy, optimizer, 1.0 if self._divided else scale)
         for name, (total, count) in sums.items():
             if count:  # no pair in the whole step has no accuracy
                 self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))

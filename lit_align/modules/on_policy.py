@@ -13,6 +13,7 @@ from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.functional.packing import best_fit_decreasing, pack, split_bins
 from lit_align.functional.ppo import off_policy_drift
 from lit_align.functional.sft import sft_loss
+from lit_align.models.language import TokenScores
 from lit_align.models.network import Network
 from lit_align.modules.options import check_on_policy
 from lit_align.modules.policy import PolicyModule
@@ -33,7 +34,7 @@ class Experience(NamedTuple):
     reference_S: Tensor
     values_S: Any = None  # a tensor, and None where there is no value model
     returns_S: Any = None
-    scored: Any = None  # the policy's `TokenScores` with their graph, where the first update can start from them
+    scored: TokenScores | None = None  # with their graph, where the first update starts from this forward
 
 
 class OnPolicyModule(PolicyModule):

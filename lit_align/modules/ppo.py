@@ -194,11 +194,12 @@ class PPOModule(OnPolicyModule):
         experience, token_rewards, kls = [], [], []
         entropies: list[Any] = []
         picked = self.micro_batches(rollout, shuffle)
-        # The first update's forward is this very one: where a single micro-batch is all there is, it is not repeated.
-        once = len(picked) == 1 and not self.one_backward and self.device_mesh is None
+        # The first update's forward is this very one, and not repeated where a single micro-batch is all there is. DDP
+        # wants a forward of its own, and a loss on text comes between.
+        reused = len(picked) == 1 and not self.one_backward and not self.ptx_coef
         for sequences in picked:
             batch = self.packed(rollout.pick(sequences.tolist()))
-            with torch.set_grad_enabled(once):
+            with torch.set_grad_enabled(reused):
                 scored = self.scores(batch, entropies=True)
             logps_S, values_S = scored.logps_S.detach(), self.values(batch, scored)
             reference_S = self.reference_logps(batch, self.sampling.temperature, self.sampling.top_p)
@@ -208,7 +209,7 @@ class PPOModule(OnPolicyModule):
                 reward_S = torch.zeros_like(logps_S)
             # The score belongs to the last token that was sampled: the stop token, or the last before the cut.
             token_rewards.append(add_at_ends(reward_S, scores_Q[sequences].to(reward_S), batch.sequence_S))
-            old = Experience(batch, logps_S, reward_S, reference_S, values_S, scored=scored if once else None)
+            old = Experience(batch, logps_S, reward_S, reference_S, values_S, scored=scored if reused else None)
             experience.append(old)
             kls.append(sum_by_sequence(logps_S - reference_S, batch.sequence_S, batch.num_sequences))
             entropies.append(scored.entropies_S)
@@ -311,7 +312,7 @@ class PPOModule(OnPolicyModule):
 
     def gradients(self, old: Experience, weights_S: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of a micro-batch; returns its log-probabilities and each loss of each token."""
-        scored = old.scored or self.scores(old.batch)
+        scored = self.scores(old.batch) if old.scored is None else old.scored
         logps_S, losses = scored.logps_S.detach(), self.policy_losses(old, scored.logps_S)
         # A value model of its own comes after the policy, whose activations are gone by then; but for DDP, which holds
         # both.

@@ -101,9 +101,9 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all pr
 def scale_gradients(strategy: Strategy, optimizer: Optimizer, scale: float) -> None:
     """Multiply all gradients of an optimizer before it steps."""
     if isinstance(strategy, ZeROStrategy):
-        strategy.scale_gradients(scale)
+        strategy.scale_gradients(scale)  # by 1, too: the last step's factor stays until another is set
         return
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if scale != 1.0 else ():
         for parameter in group["params"]:
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)

@@ -26,9 +26,9 @@ class ZeROStrategy(DDPStrategy):
     """DDP whose optimizer is DeepSpeed's: each process keeps and steps a slice of all weights, end to end, in fp32.
 
     Lightning's DeepSpeedStrategy divides the loss of each micro-batch by their number before its backward. Here
-    gradients stay sums until the step, and are divided there by what the module counted over micro-batches and ranks:
-    DeepSpeed does that where it takes fp16's loss scale out, before it clips. Weights, in fp32 under autocast or not,
-    are whole on every process, and so are checkpoints: those of a single process.
+    gradients of several micro-batches or ranks stay sums until the step, and are divided there by what the module
+    counted over all: DeepSpeed does that where it takes fp16's loss scale out, before it clips. Weights, in fp32 under
+    autocast or not, are whole on every process, and so are checkpoints: those of a single process.
 
     Args:
         stage: of ZeRO: 1 reduces the gradient once a step, 2 after every backward, and keeps a slice of it.

@@ -68,6 +68,27 @@ def test_half_precision_is_added_up_in_single() -> None:
     assert (weight.grad - exact_weight.grad).abs().max() < 0.02
 
 
+# Kills: probabilities that are 0 in fp16, before the scale of the loss has made them larger.
+def test_small_probabilities_count_in_fp16() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 8).half(), torch.randn(40_000, 8).half()
+    weight[0] = hidden[0] * (20 / hidden[0].square().sum())
+    hidden, weight, target = hidden.requires_grad_(), weight.requires_grad_(), torch.tensor([0, 0])
+    logps, _ = linear_logprobs(hidden, weight, target)
+    assert logps[0] > -0.1
+    scale = 2.0**14
+    (logps[0] * scale).backward()
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    dense(exact_hidden, exact_weight, target, 1.0, 1.0)[0][0].backward()
+    assert weight.grad is not None
+    assert exact_weight.grad is not None
+    small = exact_weight.grad.abs().amax(1).argsort()[:20_000]
+    assert 0 < exact_weight.grad[small].abs().max() < 1e-7
+    torch.testing.assert_close(
+        (weight.grad.double() / scale)[small].sum(0), exact_weight.grad[small].sum(0), rtol=0.02, atol=0
+    )
+
+
 def test_nothing_scored() -> None:
     hidden, weight, target = inputs()
     logps, entropies = linear_logprobs(hidden[:0], weight, target[:0], entropies=True)
@@ -79,7 +100,7 @@ def test_nothing_scored() -> None:
     assert not weight.grad.any()
 
 
-# Kills: logits turned into their gradient and then taken for logits.
+# Kills: probabilities that the first backward has written over.
 def test_a_second_backward_gives_the_same() -> None:
     hidden, weight, target = inputs()
     logps, _ = linear_logprobs(hidden, weight, target)

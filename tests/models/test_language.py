@@ -116,6 +116,7 @@ def test_a_model_that_attends_by_tree_takes_the_mask_as_well() -> None:
 def test_small_trees_share_a_block_and_large_ones_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", 10)
     chains = [Example(Segment([5] * n, [False] * n)) for n in (4, 6, 1, 20, 3, 8)]
+    chains.append(Example(Segment([5] * 12, [False] * 12), [Segment([5] * 9, [True] * 9)]))  # one branch is none
     batch = pack([*chains, examples()[0]], row_tokens=100)
     in_row = batch.tree_RN[0][batch.tree_RN[0] >= 0]
     order = torch.unique_consecutive(in_row).tolist()

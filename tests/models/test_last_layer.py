@@ -75,48 +75,72 @@ def test_only_what_is_read_is_computed() -> None:
     assert rows["k"] >= 31
 
 
-# Kills: queries of every token in the last layer's attention; a mask of other rows where no block branches.
-@pytest.mark.parametrize("branches", [1, 2])
-def test_only_what_is_read_attends_in_the_last_layer(monkeypatch: pytest.MonkeyPatch, branches: int) -> None:
+# Kills: queries of every token in the last layer's attention; a mask of other rows where no block branches; a call
+# without queries, for a tree of which nothing is read; a mask for a chain that is read almost whole.
+@pytest.mark.parametrize(("branches", "scored", "queries"), [(1, 3, [3, 3]), (2, 3, [6, 6]), (1, 100, [150, 150])])
+def test_only_what_is_read_attends_in_the_last_layer(
+    monkeypatch: pytest.MonkeyPatch, branches: int, scored: int, queries: list[int]
+) -> None:
     draw = torch.Generator().manual_seed(3)
 
-    def segment(length: int) -> Segment:
-        return Segment(torch.randint(1, 60, (length,), generator=draw).tolist(), [False] * length)
+    def segment(length: int, scored: int = 0) -> Segment:
+        tokens = torch.randint(1, 60, (length,), generator=draw).tolist()
+        return Segment(tokens, [False] * (length - scored) + [True] * scored)
 
-    trees = pack([Example(segment(90), [segment(60) for _ in range(branches)]) for _ in range(3)], row_tokens=400)
-    config = tiny_config("llama", num_labels=1, max_position_embeddings=400)
-    hf = AutoModelForSequenceClassification.from_config(config, dtype=torch.float64)
+    trees = [Example(segment(30), [segment(120, scored) for _ in range(branches)]) for _ in range(2)]
+    packed = pack([trees[0], Example(segment(150)), trees[1]], row_tokens=700)
+    hf = AutoModelForCausalLM.from_config(tiny_config("llama", max_position_embeddings=700), dtype=torch.float64)
     attend_by_tree(hf)
-    scalar = ScalarModel(hf).eval()
-    queries: dict[int, list[int]] = {}
+    language = LanguageModel(hf).eval()
+    assert language.by_tree
+    seen: dict[int, list[int]] = {}
 
     def attend(module: Any, query: Tensor, *more: Any, **options: Any) -> Any:
-        queries.setdefault(module.layer_idx, []).append(query.shape[2])
+        seen.setdefault(module.layer_idx, []).append(query.shape[2])
         return sdpa_attention_forward(module, query, *more, **options)
 
     monkeypatch.setattr(tree_attention, "sdpa_attention_forward", attend)
+    results = []
     with norms_in_float64():
-        got = scalar(trees)
-        assert queries.pop(max(queries)) == [branches] * 3
-        assert {tuple(lengths) for lengths in queries.values()} == {(90 + 60 * branches,) * 3}
-        scalar.thrifty = False
-        assert (got - scalar(trees)).abs().max() < 1e-12
+        for language.thrifty in (True, False):
+            logps = language(packed).logps_S
+            results.append([logps, *gradients(language, logps.square().sum())])
+    sizes = [30 + 120 * branches, 150, 30 + 120 * branches]
+    assert {layer: sorted(numbers) for layer, numbers in seen.items()} == {
+        0: sorted(sizes * 2),
+        1: sorted(queries + sizes),
+    }
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("thrifty", [True, False])
+def test_nothing_is_read(thrifty: bool) -> None:
+    hf = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    attend_by_tree(hf)
+    language = LanguageModel(hf)
+    language.thrifty = thrifty
+    assert language(pack([Example(Segment([5, 6, 7], [False] * 3))])).logps_S.shape == (0,)
 
 
 # Kills: a token counted in its neighbour's block; rows counted from elsewhere than the block's start.
 def test_blocks_of_some_queries() -> None:
-    branching = torch.full((1, 1, 4, 4), -torch.inf).triu(1)
-    blocks = TreeBlocks([5, 3, 4, 2], [None, None, branching, None]).only(torch.tensor([0, 2, 4, 8, 11, 12]))
-    assert blocks.counts == [3, 0, 2, 1]
-    first, none, third, last = blocks.masks
+    branching = torch.full((1, 1, 6, 6), -torch.inf).triu(1)
+    whole = TreeBlocks([5, 3, 6, 2, 3], [None, None, branching, None, None])
+    blocks = whole.only(torch.tensor([0, 2, 8, 11, 14, 16, 17]))
+    assert blocks.counts == [2, 0, 2, 1, 3]
+    assert blocks.read is not None
+    assert blocks.read.tolist() == [0, 2, 8, 11, 14, 16, 17, 18]
+    first, none, third, fourth, most = blocks.masks
     assert first is not None
-    assert first[0, 0].tolist() == [[True] + 4 * [False], 3 * [True] + 2 * [False], 5 * [True]]
+    assert first[0, 0].tolist() == [[True] + 4 * [False], 3 * [True] + 2 * [False]]
     assert none is not None
     assert none.shape == (1, 1, 0, 3)
     assert third is not None
     assert torch.equal(third, branching[:, :, [0, 3]])
-    assert last is not None
-    assert last[0, 0].tolist() == [[True, False]]
+    assert fourth is not None
+    assert fourth[0, 0].tolist() == [[True, False]]
+    assert most is None
 
 
 def test_a_layer_that_is_computed_again_in_backward_is_computed_whole() -> None:

@@ -530,14 +530,15 @@ class Again(PPOModule):
 
 # Kills: a forward repeated; one that is reused after weights have moved, or for one of several micro-batches.
 @pytest.mark.parametrize(("advantage", "separate"), [("gae", True), ("gae", False), ("grpo", False)])
-@pytest.mark.parametrize(("micro_batch", "saved"), [(64, 1), (6, 0)])
+@pytest.mark.parametrize(("micro_batch", "thrifty", "saved"), [(64, False, 1), (64, True, 1), (6, False, 0)])
 def test_a_rollout_of_one_micro_batch_is_scored_and_updated_by_one_forward(
-    place: Path, advantage: str, separate: bool, micro_batch: int, saved: int
+    place: Path, advantage: str, separate: bool, micro_batch: int, thrifty: bool, saved: int
 ) -> None:
     def trained(kind: type[PPOModule]) -> tuple[int, dict[str, Tensor]]:
         value = Network(reward_model(place)) if separate else None
         ppo = module(place, advantage=advantage, value=value, epochs=2, micro_batch_size=micro_batch)
         ppo.__class__ = kind
+        ppo.network = Network(str(place / "model"), activation_checkpointing=thrifty)
         ppo.configure_model()
         forwards = 0
 

@@ -18,7 +18,7 @@ from lit_align import InstructionDataModule, Network, SFTModule, Source
 from lit_align.cli import main
 from lit_align.functional.sft import dft_loss, sft_loss
 from lit_align.models import LanguageModel
-from lit_align.modules import neftune
+from lit_align.modules import base, neftune
 from lit_align.modules.neftune import noisy_embeddings
 from lit_align.report.read import read_curves
 
@@ -59,6 +59,22 @@ def mean_loss(place: Path, source: Source) -> tuple[float, int]:
             loss, tokens = sft_loss(made.policy(batch).logps_S)
             total, count = total + loss.item(), count + tokens
     return total / count, count
+
+
+# Kills: gradients scaled where the loss was divided; a factor of DeepSpeed's that is left from an earlier step.
+@pytest.mark.parametrize(
+    ("options", "accumulate", "divided"), [({}, 1, True), ({"micro_batch_tokens": 100}, 1, False), ({}, 2, False)]
+)
+def test_a_step_of_one_micro_batch_divides_its_loss(
+    place: Path, monkeypatch: pytest.MonkeyPatch, options: dict, accumulate: int, divided: bool
+) -> None:
+    scales = []
+    monkeypatch.setattr(base, "scale_gradients", lambda strategy, optimizer, scale: scales.append(scale))
+    sources = {"train": [Source(str(place / "demos.json"))], "val_fraction": 0.0}
+    held = InstructionDataModule(str(place / "model"), **sources, batch_size=4, cache_dir="none", **options)
+    trainer(accumulate_grad_batches=accumulate).fit(module(place), held)
+    assert len(scales) == len(held.train_dataloader()) // accumulate
+    assert all((scale == 1.0) == divided for scale in scales)
 
 
 @pytest.mark.parametrize("size", [1, 3, 20])

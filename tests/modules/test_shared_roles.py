@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,10 +85,15 @@ def test_one_backbone_four_roles(place: Path) -> None:
 def test_the_forward_that_scores_trains_the_policy_after_other_roles_were_on(place: Path) -> None:
     def trained(keep: bool) -> dict[str, torch.Tensor]:
         ppo = module(place)
-        update = ppo.update
-        if not keep:
-            ppo.update = lambda batch, ptx: update([o._replace(scored=None) for o in batch], ptx)  # type: ignore[method-assign]
+        update, there = ppo.update, []
+
+        def updated(batch: Any, ptx: Any) -> Any:
+            there.append(batch[0].scored is not None)
+            return update(batch if keep else [old._replace(scored=None) for old in batch], ptx)
+
+        ppo.update = updated  # type: ignore[method-assign]
         fit(place, ppo, enable_checkpointing=False)
+        assert there == [True, False] * 2
         return ppo.state_dict()
 
     kept, again = trained(True), trained(False)
