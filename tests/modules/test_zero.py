@@ -77,3 +77,18 @@ def test_one_process_goes_on_from_two_and_two_from_one(strategy: str, tmp_path: 
     assert expected["state"].keys() == got["state"].keys()
     for number, state in expected["state"].items():
         torch.testing.assert_close(got["state"][number], state, rtol=0, atol=1e-5)
+
+
+# Kills: a factor that DeepSpeed still has from a step of several micro-batches, in a step that divided its one loss.
+@pytest.mark.slow
+@pytest.mark.skipif(not DEEPSPEED, reason="DeepSpeed is not installed")
+def test_one_process_with_one_or_several_micro_batches_a_step(tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    tiny_folder(tmp_path / "policy")
+    rows, whole, cut = (str(tmp_path / name) for name in ("", "whole.ckpt", "cut.ckpt"))
+    pieces = resumed.go_on(rows, "auto", 1, 6, None, whole, 160)
+    assert {1, 2} <= set(pieces)
+    torchrun("1", resumed.__file__, rows, "zero1", "6", "", cut, "160")
+    expected, got = (torch.load(path, weights_only=True)["state_dict"] for path in (whole, cut))
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=1e-5, msg=name)

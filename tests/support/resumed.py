@@ -6,6 +6,7 @@ Run as a program this file is one of the processes.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -15,10 +16,19 @@ from lightning import Trainer
 from support.runs import build
 
 
-def go_on(rows: str, strategy: str, devices: int, steps: int, before: str | None, after: str) -> None:
-    """Train on batches of four until a number of optimizer steps is reached."""
+def go_on(
+    rows: str,
+    strategy: str,
+    devices: int,
+    steps: int,
+    before: str | None,
+    after: str,
+    micro_batch_tokens: int | None = None,
+) -> list[int]:
+    """Train on batches of four for a number of optimizer steps in all; returns the micro-batches of each batch."""
     torch.manual_seed(0)
-    module, data = build("sft", f"{rows}/policy", Path(rows), dtype="float32", batch_size=4 // devices)
+    options = {"batch_size": 4 // devices, "micro_batch_tokens": micro_batch_tokens}
+    module, data = build("sft", f"{rows}/policy", Path(rows), dtype="float32", **options)
     module.optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
     trainer = Trainer(
         max_steps=steps,
@@ -34,8 +44,10 @@ def go_on(rows: str, strategy: str, devices: int, steps: int, before: str | None
     )
     trainer.fit(module, data, ckpt_path=before, weights_only=before and True)
     trainer.save_checkpoint(after)
+    return [len(batch) if isinstance(batch, list) else 1 for batch in data.train_dataloader()]
 
 
 if __name__ == "__main__":
-    rows, strategy, steps, before, after = sys.argv[1:]
-    go_on(rows, strategy, 2, int(steps), before, after)
+    rows, strategy, steps, before, after, *tokens = sys.argv[1:]
+    processes = int(os.environ["WORLD_SIZE"])
+    go_on(rows, strategy, processes, int(steps), before or None, after, *map(int, tokens))
