@@ -280,6 +280,18 @@ def test_ptx_mixes_text_into_the_update(place: Path, coefficient: float) -> None
     assert same == (coefficient == 0)
 
 
+# Kills: the policy's graph of the scoring held while the loss on text is computed.
+@pytest.mark.parametrize("coefficient", [0.0, 2.0])
+def test_before_a_loss_on_text_no_forward_is_kept(place: Path, coefficient: float) -> None:
+    text = InstructionDataModule(
+        str(place / "model"), [Source(str(place / "demos.json"))], batch_size=2, cache_dir="none"
+    )
+    ppo = module(place, ptx_coef=coefficient, micro_batch_size=64, epochs=1)
+    ppo.__class__ = Recorder
+    fit(ppo, data(place, ptx=text))
+    assert all((old.scored is None) == (coefficient > 0) for (old,), _ in ppo.seen)
+
+
 def test_adaptive_kl_moves_the_price(place: Path) -> None:
     ppo = module(place, kl_coef=0.1, kl_target=100.0, kl_horizon=12)
     fit(ppo, data(place))
