@@ -130,7 +130,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for name, r in results.items():
         ours, theirs = r["lit_align"], r["peer"]
         lines.append(
-            f"| {name} | {ours['examples_per_s']:.2f} | {theirs['examples_per_s']:.2f} | **{r['ratio']:.1f}x** "
+            f"| {name} | {ours['examples_per_s']:.2f} | {theirs['examples_per_s']:.2f} | **{r['ratio']:.2f}x** "
             f"| {ours['peak_mb']:,} | {theirs['peak_mb']:,} | {r['memory_ratio']:.2f}x "
             f"| {format(r['utilisation'], '.0%') if 'utilisation' in r else 'not measured'} |"
         )
@@ -149,7 +149,7 @@ def figure(results: dict[str, dict[str, Any]], path: Path) -> None:
         strict=True,
     ):
         bars = ax.bar(list(results), [r[key] for r in results.values()], color="#0072B2", width=0.6)
-        ax.bar_label(bars, fmt="%.2f" if key == "memory_ratio" else "%.1f", padding=2)
+        ax.bar_label(bars, fmt="%.2f", padding=2)
         ax.axhline(1, color="#9ca3af", linewidth=1)
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
