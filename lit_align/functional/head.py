@@ -25,9 +25,12 @@ def linear_logprobs(
     """Log p(target) under a linear head without bias, and the entropy of p, both from one pass over the logits.
 
     The logits are made and looked at `chunk` rows at a time, few enough to stay in the cache of a processor. Where they
-    lie they become probabilities, and then their own gradient up to a factor for each row: one tensor of S x V, and one
-    exponential, where softmax and cross-entropy as separate operations take three and two. Where they are too many to
-    hold, they are made again in backward, `hold` rows at a time: no tensor of S x V, and a product more.
+    lie they become probabilities p, and then p - onehot, their own gradient up to a factor for each row: one tensor of
+    S x V, and one exponential, where softmax and cross-entropy as separate operations take three and two. The states'
+    gradient, (p - onehot) W, lacks that factor alone and is computed at once: with it the entropy,
+    -log p(target) - h (p - onehot) W, costs no pass over S x V, and a frozen head keeps nothing of that size. Where
+    there are too many logits to hold, those that a trained head's gradient needs are made again in backward, `hold`
+    rows at a time: no tensor of S x V, and a product more.
 
     Args:
         hidden_SH: the states that predict. Shape (S, H).
@@ -44,8 +47,7 @@ def linear_logprobs(
         or None.
     """
     hold = max(len(hidden_SH), 1) if hold is None else hold
-    keep = torch.is_grad_enabled() and len(hidden_SH) <= hold
-    options = temperature, top_p, entropies, min(chunk, hold), hold, keep
+    options = temperature, top_p, entropies, min(chunk, hold), hold, torch.is_grad_enabled()
     logps_S, entropies_S = _LinearLogprobs.apply(hidden_SH, weight_VH, target_S, *options)
     return logps_S, entropies_S
 
@@ -64,61 +66,70 @@ class _LinearLogprobs(torch.autograd.Function):
         entropies: bool,
         chunk: int,
         hold: int,
-        keep: bool,
+        learning: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.options = temperature, top_p, chunk, hold
         count, vocabulary = len(hidden_SH), len(weight_VH)
-        logps_S, said_S, mean_S = (upcast(hidden_SH.new_empty(count)) for _ in range(3))
+        to_hidden, to_weight = (learning and needed for needed in ctx.needs_input_grad[:2])
+        # fp16 has no number as small as most probabilities, until the loss's scale has made it larger.
+        pull_SH = torch.empty_like(hidden_SH) if to_hidden and weight_VH.dtype != torch.float16 else None
+        keep = count <= hold and (to_weight or (to_hidden and pull_SH is None))
+        logps_S, said_S, beyond_S = (upcast(hidden_SH.new_empty(count)) for _ in range(3))
+        # In half precision a state and what pulls at it say too little of an entropy.
+        averages = entropies and (pull_SH is None or pull_SH.dtype != logps_S.dtype)
         # Written over and over: fresh memory costs a processor more than the arithmetic that is done in it.
-        probs_SV = logps_S.new_empty(count if keep else min(chunk, count), vocabulary)
-        scratch_CV = logps_S.new_empty(min(chunk, count) if entropies else 0, vocabulary)
-        for start in range(0, count, chunk):
-            at = slice(start, start + chunk)
-            target_C = target_S[at]
-            logits_CV = probs_SV[at] if keep else probs_SV[: len(target_C)]
-            _logits(hidden_SH[at], weight_VH, target_C, temperature, top_p, logits_CV)
-            said_S[at] = logits_CV.gather(1, target_C[:, None])[:, 0]
-            if entropies:
-                scratch_CV[: len(target_C)].copy_(logits_CV)
-            probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
-            logps_S[at] = probs_CV.gather(1, target_C[:, None])[:, 0].log()
-            if entropies:
-                # A token outside the nucleus has logit -inf, and adds nothing.
-                logits_CV = scratch_CV[: len(target_C)]
-                if top_p < 1.0:
-                    logits_CV.masked_fill_(probs_CV == 0, 0.0)
-                mean_S[at] = torch.linalg.vecdot(probs_CV, logits_CV)
+        room_PV = logps_S.new_empty(min(hold if keep or pull_SH is not None else chunk, count), vocabulary)
+        scratch_CV = logps_S.new_empty(min(chunk, count) if averages else 0, vocabulary)
+        for first in range(0, count, max(len(room_PV), 1)):
+            last = min(first + len(room_PV), count)
+            for start in range(first, last, chunk):
+                at = slice(start, min(start + chunk, last))
+                logits_CV, target_C1 = room_PV[start - first : at.stop - first], target_S[at, None]
+                _logits(hidden_SH[at], weight_VH, target_S[at], temperature, top_p, logits_CV)
+                said_S[at] = logits_CV.gather(1, target_C1)[:, 0]
+                before_CV = scratch_CV[: len(logits_CV)].copy_(logits_CV) if averages else None
+                probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+                logps_S[at] = probs_CV.gather(1, target_C1)[:, 0].log()
+                if before_CV is not None:
+                    beyond_S[at] = _average(before_CV, probs_CV) - said_S[at]
+            if keep or pull_SH is not None:
+                error_PV = _subtract_onehot_(room_PV[: last - first], target_S[first:last])
+            if pull_SH is not None:
+                torch.mm(error_PV.to(weight_VH.dtype), weight_VH, out=pull_SH[first:last])
         # A probability that is too small for its type has no logarithm: those few are computed from their logits.
         lost_S = logps_S < math.log(torch.finfo(logps_S.dtype).tiny) + 10
         if lost_S.any():
             rows = hidden_SH[lost_S], weight_VH, target_S[lost_S], temperature, top_p
             logits_CV = _logits(*rows, logps_S.new_empty(int(lost_S.sum()), vocabulary))
             logps_S[lost_S] = said_S[lost_S] - logits_CV.logsumexp(-1)
-        error_SV = _subtract_onehot_(probs_SV, target_S) if keep else None
-        ctx.save_for_backward(hidden_SH, weight_VH, target_S, error_SV)
+        ctx.save_for_backward(hidden_SH, weight_VH, target_S, room_PV if keep else None, pull_SH)
         if not entropies:
             return logps_S, None
-        # H = logsumexp - E[logit].
-        entropies_S = (said_S - logps_S - mean_S).clamp_(min=0.0)
+        if not averages and pull_SH is not None:
+            beyond_S = torch.linalg.vecdot(hidden_SH, pull_SH) / temperature
+        # H = -log p(t) - (E[logit] - logit of t).
+        entropies_S = (-logps_S - beyond_S).clamp_(min=0.0)
         ctx.mark_non_differentiable(entropies_S)
         return logps_S, entropies_S
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_S: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden_SH, weight_VH, target_S, kept_SV = ctx.saved_tensors
+        hidden_SH, weight_VH, target_S, kept_SV, pull_SH = ctx.saved_tensors
         temperature, top_p, chunk, hold = ctx.options
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         grad_S = grad_S / -temperature  # of p - onehot
-        # fp16 has no number as small as most probabilities, unless the loss's scale has made it larger.
-        early = weight_VH.dtype == torch.float16
         grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
         grad_weight: Tensor | None = None
+        if pull_SH is not None:
+            grad_hidden, to_hidden = (pull_SH * grad_S[:, None]).to(hidden_SH.dtype), False
         # A CPU's product with few columns runs at two thirds of the rate of its transpose.
         narrow = weight_VH.device.type == "cpu" and weight_VH.shape[1] <= 256
-        room_PV = kept_SV if kept_SV is not None else grad_S.new_empty(min(hold, len(target_S)), len(weight_VH))
+        early = weight_VH.dtype == torch.float16
+        count = len(target_S) if to_hidden or to_weight else 0
+        room_PV = kept_SV if kept_SV is not None else grad_S.new_empty(min(hold, count), len(weight_VH))
         # The products take as many rows as there is room for: of few rows with many columns they are slow.
-        for first in range(0, len(target_S), max(len(room_PV), 1)):
+        for first in range(0, count, max(len(room_PV), 1)):
             piece = slice(first, first + len(room_PV))
             hidden_PH, target_P, grad_P1 = hidden_SH[piece], target_S[piece], grad_S[piece, None]
             error_PV = room_PV[: len(target_P)]
@@ -130,7 +141,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 _subtract_onehot_(error_PV, target_P)
             error_PV, factor_P1 = (error_PV * grad_P1, torch.ones_like(grad_P1)) if early else (error_PV, grad_P1)
             error_PV = error_PV.to(weight_VH.dtype)
-            if grad_hidden is not None:
+            if to_hidden and grad_hidden is not None:
                 grad_hidden[piece] = (error_PV @ weight_VH) * factor_P1
             if to_weight:
                 scaled_PH = (hidden_PH * factor_P1).to(weight_VH.dtype)
@@ -141,6 +152,11 @@ class _LinearLogprobs(torch.autograd.Function):
         if to_weight:
             grad_weight = torch.zeros_like(weight_VH) if grad_weight is None else grad_weight.to(weight_VH.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+def _average(logits_CV: Tensor, probs_CV: Tensor) -> Tensor:
+    """Of what is in the nucleus: a logit outside is -inf, and its probability 0."""
+    return torch.linalg.vecdot(probs_CV, logits_CV.clamp_(min=torch.finfo(logits_CV.dtype).min))
 
 
 def _subtract_onehot_(probs_SV: Tensor, target_S: Tensor) -> Tensor:

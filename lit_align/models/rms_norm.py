@@ -29,8 +29,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         Like `x`.
     """
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, eps)[0]
     normed: Tensor = _RMSNorm.apply(x, weight, eps)
     return normed
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """With the inverse root, shape (..., 1)."""
+    inverse = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    return (x * weight).mul_(inverse), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -41,9 +49,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        inverse = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        normed, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, inverse, weight)
-        return (x * weight).mul_(inverse)
+        return normed
 
     @staticmethod
     @once_differentiable

@@ -32,6 +32,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Like `x`.
     """
+    if not torch.is_grad_enabled():
+        return _turn(x, cos, sin)
     turned: Tensor = _Turn.apply(x, cos, sin)
     return turned
 

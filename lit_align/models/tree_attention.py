@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lit_align.functional.attention import tree_mask
@@ -115,6 +116,8 @@ def tree_attention(
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     wanted = query if blocks.read is None else query.index_select(2, blocks.read)
+    # For the whole row at once: torch's kernel would share heads out by itself, in each call.
+    key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     # Split and not sliced: the gradient of many slices is as many whole tensors of zeros.
     parts = zip(
         wanted.split(blocks.counts or blocks.lengths, 2),
@@ -124,7 +127,7 @@ def tree_attention(
         strict=True,
     )
     pieces = [
-        sdpa_attention_forward(module, q, k, v, mask, dropout, scaling, is_causal=True)[0]
+        scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling).transpose(1, 2)
         for q, k, v, mask in parts
         if q.shape[2]
     ]

@@ -41,6 +41,34 @@ def test_scores_entropies_and_gradients_are_those_of_all_logits(
     torch.testing.assert_close(gradients, expected_gradients, rtol=0, atol=1e-12)
 
 
+# Kills: entropies that need a gradient, or take what pulls at a state that was never computed.
+@pytest.mark.parametrize(("dtype", "top_p", "off"), [(torch.float64, 0.9, 1e-13), (torch.bfloat16, 1.0, 0.01)])
+@pytest.mark.parametrize(("trained", "learning"), [([], True), ([0], True), ([1], True), ([0, 1], False)])
+def test_entropies_are_the_same_whatever_is_trained(
+    trained: list[int], learning: bool, dtype: torch.dtype, top_p: float, off: float
+) -> None:
+    *parts, target = inputs(dtype)
+    for i, part in enumerate(parts):
+        part.requires_grad_(i in trained)
+    with torch.set_grad_enabled(learning):
+        _, spread = linear_logprobs(*parts, target, 0.6, top_p, entropies=True, chunk=4)
+    exact = dense(*(part.detach().to(torch.float64) for part in parts), target, 0.6, top_p)[1]
+    assert spread is not None
+    assert (spread - exact).abs().max() < off
+
+
+# Kills: probabilities kept for the gradient of a head that has none, which adapters leave frozen.
+@pytest.mark.parametrize(("trained", "kept"), [([0, 1], S * V), ([1], S * V), ([0], V * H)])
+def test_a_frozen_head_keeps_no_probabilities(trained: list[int], kept: int) -> None:
+    *parts, target = inputs()
+    for i, part in enumerate(parts):
+        part.requires_grad_(i in trained)
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        linear_logprobs(*parts, target)
+    assert max(sizes) == kept
+
+
 def test_gradient_is_that_of_finite_differences() -> None:
     hidden, weight, target = inputs()
     assert torch.autograd.gradcheck(lambda h, w: linear_logprobs(h, w, target, 0.8, chunk=4)[0], (hidden, weight))
@@ -87,6 +115,20 @@ def test_small_probabilities_count_in_fp16() -> None:
     torch.testing.assert_close(
         (weight.grad.double() / scale)[small].sum(0), exact_weight.grad[small].sum(0), rtol=0.02, atol=0
     )
+
+
+# Kills: what pulls at a state computed in fp16 before that.
+def test_small_probabilities_pull_at_a_state_in_fp16() -> None:
+    # 39,999 tokens share a thousandth, and pull the same way.
+    hidden, weight = torch.tensor([[8.0, 0.0]]).half(), torch.tensor([[0.0, 4.0]]).repeat(40_000, 1).half()
+    weight[0] = torch.tensor([2.2, 0.0])
+    hidden.requires_grad_()
+    logps, _ = linear_logprobs(hidden, weight, torch.tensor([0]))
+    (logps[0] * 2.0**14).backward()
+    assert hidden.grad is not None
+    shared = -logps[0].detach().double().expm1()
+    assert 5e-4 < shared < 2e-3
+    torch.testing.assert_close(hidden.grad[0, 1].double() / 2**14, -4 * shared, rtol=0.1, atol=0)
 
 
 def test_nothing_scored() -> None:
