@@ -27,10 +27,10 @@ def linear_logprobs(
     The logits are made and looked at `chunk` rows at a time, few enough to stay in the cache of a processor. Where they
     lie they become probabilities p, and then p - onehot, their own gradient up to a factor for each row: one tensor of
     S x V, and one exponential, where softmax and cross-entropy as separate operations take three and two. The states'
-    gradient, (p - onehot) W, lacks that factor alone and is computed at once: with it the entropy,
-    -log p(target) - h (p - onehot) W, costs no pass over S x V, and a frozen head keeps nothing of that size. Where
-    there are too many logits to hold, those that a trained head's gradient needs are made again in backward, `hold`
-    rows at a time: no tensor of S x V, and a product more.
+    gradient, (p - onehot) W / temperature, lacks that factor alone and is computed at once. With it, in full precision,
+    the entropy, -log p(target) - h (p - onehot) W / temperature, costs no pass over S x V; and a frozen head keeps
+    nothing of that size (in fp16 it does). Where there are too many logits to hold, those that a trained head's
+    gradient needs are made again in backward, `hold` rows at a time: no tensor of S x V, and a product more.
 
     Args:
         hidden_SH: the states that predict. Shape (S, H).
@@ -48,7 +48,9 @@ def linear_logprobs(
     """
     hold = max(len(hidden_SH), 1) if hold is None else hold
     options = temperature, top_p, entropies, min(chunk, hold), hold, torch.is_grad_enabled()
-    logps_S, entropies_S = _LinearLogprobs.apply(hidden_SH, weight_VH, target_S, *options)
+    # Whoever calls has chosen the product's precision; sums over the vocabulary are for none but fp32.
+    with torch.autocast(hidden_SH.device.type, enabled=False):
+        logps_S, entropies_S = _LinearLogprobs.apply(hidden_SH, weight_VH, target_S, *options)
     return logps_S, entropies_S
 
 
@@ -69,17 +71,18 @@ class _LinearLogprobs(torch.autograd.Function):
         learning: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.options = temperature, top_p, chunk, hold
-        count, vocabulary = len(hidden_SH), len(weight_VH)
+        count = len(hidden_SH)
         to_hidden, to_weight = (learning and needed for needed in ctx.needs_input_grad[:2])
         # fp16 has no number as small as most probabilities, until the loss's scale has made it larger.
         pull_SH = torch.empty_like(hidden_SH) if to_hidden and weight_VH.dtype != torch.float16 else None
-        keep = count <= hold and (to_weight or (to_hidden and pull_SH is None))
+        later = to_weight or (to_hidden and pull_SH is None)
+        keep = later and count <= hold
+        # Of each target log p, its logit, and how far the mean logit lies above that.
         logps_S, said_S, beyond_S = (upcast(hidden_SH.new_empty(count)) for _ in range(3))
-        # In half precision a state and what pulls at it say too little of an entropy.
-        averages = entropies and (pull_SH is None or pull_SH.dtype != logps_S.dtype)
+        averages = entropies and (pull_SH is None or not _exact(pull_SH))
         # Written over and over: fresh memory costs a processor more than the arithmetic that is done in it.
-        room_PV = logps_S.new_empty(min(hold if keep or pull_SH is not None else chunk, count), vocabulary)
-        scratch_CV = logps_S.new_empty(min(chunk, count) if averages else 0, vocabulary)
+        room_PV = logps_S.new_empty(min(hold if keep or pull_SH is not None else chunk, count), len(weight_VH))
+        scratch_CV = logps_S.new_empty(min(chunk, count) if averages else 0, len(weight_VH))
         for first in range(0, count, max(len(room_PV), 1)):
             last = min(first + len(room_PV), count)
             for start in range(first, last, chunk):
@@ -100,14 +103,14 @@ class _LinearLogprobs(torch.autograd.Function):
         lost_S = logps_S < math.log(torch.finfo(logps_S.dtype).tiny) + 10
         if lost_S.any():
             rows = hidden_SH[lost_S], weight_VH, target_S[lost_S], temperature, top_p
-            logits_CV = _logits(*rows, logps_S.new_empty(int(lost_S.sum()), vocabulary))
+            logits_CV = _logits(*rows, logps_S.new_empty(int(lost_S.sum()), len(weight_VH)))
             logps_S[lost_S] = said_S[lost_S] - logits_CV.logsumexp(-1)
-        ctx.save_for_backward(hidden_SH, weight_VH, target_S, room_PV if keep else None, pull_SH)
+        inputs = (hidden_SH, weight_VH, target_S) if later else (None, None, None)
+        ctx.save_for_backward(*inputs, room_PV if keep else None, pull_SH)
         if not entropies:
             return logps_S, None
-        if not averages and pull_SH is not None:
+        if pull_SH is not None and not averages:
             beyond_S = torch.linalg.vecdot(hidden_SH, pull_SH) / temperature
-        # H = -log p(t) - (E[logit] - logit of t).
         entropies_S = (-logps_S - beyond_S).clamp_(min=0.0)
         ctx.mark_non_differentiable(entropies_S)
         return logps_S, entropies_S
@@ -119,17 +122,19 @@ class _LinearLogprobs(torch.autograd.Function):
         temperature, top_p, chunk, hold = ctx.options
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         grad_S = grad_S / -temperature  # of p - onehot
-        grad_hidden = torch.empty_like(hidden_SH) if to_hidden else None
-        grad_weight: Tensor | None = None
-        if pull_SH is not None:
-            grad_hidden, to_hidden = (pull_SH * grad_S[:, None]).to(hidden_SH.dtype), False
+        grad_hidden = grad_weight = None
+        if to_hidden and pull_SH is not None:
+            grad_hidden = (pull_SH * grad_S[:, None]).to(pull_SH.dtype)
+        elif to_hidden:
+            grad_hidden = torch.empty_like(hidden_SH)
+        if not to_weight and (pull_SH is not None or not to_hidden):
+            return grad_hidden, None, None, None, None, None, None, None, None
         # A CPU's product with few columns runs at two thirds of the rate of its transpose.
-        narrow = weight_VH.device.type == "cpu" and weight_VH.shape[1] <= 256
+        narrow = weight_VH.device.type == "cpu" and weight_VH.shape[1] <= 128
         early = weight_VH.dtype == torch.float16
-        count = len(target_S) if to_hidden or to_weight else 0
-        room_PV = kept_SV if kept_SV is not None else grad_S.new_empty(min(hold, count), len(weight_VH))
+        room_PV = kept_SV if kept_SV is not None else grad_S.new_empty(min(hold, len(target_S)), len(weight_VH))
         # The products take as many rows as there is room for: of few rows with many columns they are slow.
-        for first in range(0, count, max(len(room_PV), 1)):
+        for first in range(0, len(target_S), max(len(room_PV), 1)):
             piece = slice(first, first + len(room_PV))
             hidden_PH, target_P, grad_P1 = hidden_SH[piece], target_S[piece], grad_S[piece, None]
             error_PV = room_PV[: len(target_P)]
@@ -141,7 +146,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 _subtract_onehot_(error_PV, target_P)
             error_PV, factor_P1 = (error_PV * grad_P1, torch.ones_like(grad_P1)) if early else (error_PV, grad_P1)
             error_PV = error_PV.to(weight_VH.dtype)
-            if to_hidden and grad_hidden is not None:
+            if grad_hidden is not None and pull_SH is None:
                 grad_hidden[piece] = (error_PV @ weight_VH) * factor_P1
             if to_weight:
                 scaled_PH = (hidden_PH * factor_P1).to(weight_VH.dtype)
@@ -152,6 +157,12 @@ class _LinearLogprobs(torch.autograd.Function):
         if to_weight:
             grad_weight = torch.zeros_like(weight_VH) if grad_weight is None else grad_weight.to(weight_VH.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None, None
+
+
+def _exact(states: Tensor) -> bool:
+    """Whether products of such tensors say enough of an entropy: those in half precision, or TF32, do not."""
+    full = torch.get_float32_matmul_precision() == "highest"
+    return states.dtype == torch.float64 or (states.dtype == torch.float32 and full)
 
 
 def _average(logits_CV: Tensor, probs_CV: Tensor) -> Tensor:

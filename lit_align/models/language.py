@@ -42,7 +42,8 @@ class LanguageModel(TreeModel):
 
     Only scored positions reach the vocabulary: with a prompt of 300 tokens and an answer of 30, nine tenths of the
     largest matrix product are never computed. Where the logits of the scored ones are still large, they are made a
-    chunk at a time and made again in backward: a third more work in the head, and its memory bounded.
+    chunk at a time and, unless the head is frozen, made again in backward: a third more work in the head, and its
+    memory bounded.
 
     Args:
         hf: the model.

@@ -116,7 +116,7 @@ def tree_attention(
     if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
     wanted = query if blocks.read is None else query.index_select(2, blocks.read)
-    # For the whole row at once: torch's kernel would share heads out by itself, in each call.
+    # Keys and values that heads share are repeated for the row at once, and not in a call for each tree.
     key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
     # Split and not sliced: the gradient of many slices is as many whole tensors of zeros.
     parts = zip(
