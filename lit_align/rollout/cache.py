@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
+
+# What a forward calls its cache: transformers from 5.24 on, before that, and recurrent models before that.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 
 ROOM = 32  # tokens that are made room for at a time
 
@@ -64,6 +68,24 @@ def roomy_cache(config: PreTrainedConfig) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Name the argument in which a model's forward takes its cache.
+
+    The signature decides, not the version of transformers: a name that a forward only swallows in `**kwargs` would be
+    ignored, and each token would then be predicted from the token before it alone.
+
+    Raises:
+        ValueError: the forward names no such argument.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in CACHE_ARGUMENTS:
+        if name in parameters:
+            return name
+    raise ValueError(
+        f"{type(model).__name__}.forward takes no cache (none of {', '.join(CACHE_ARGUMENTS)}): it cannot decode here"
+    )
 
 
 def static_cache(config: PreTrainedConfig, states: Sequence[tuple[Tensor, Tensor]], columns: int) -> Any:

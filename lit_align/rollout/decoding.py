@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_align.functional.logprobs import shape_logits
 from lit_align.functional.sampling import draw
 from lit_align.models.language import LanguageModel
-from lit_align.rollout.cache import roomy_cache
+from lit_align.rollout.cache import cache_argument, roomy_cache
 from lit_align.rollout.engine import Sampling
 from lit_align.types import Completion
 
@@ -38,6 +38,7 @@ class Decoding:
             self.tokens_BT[i, longest - len(prompt) :] = prompt.to(device)
             self.mask_BT[i, longest - len(prompt) :] = True
         self.cache: Any = roomy_cache(policy.hf.config)
+        self.cache_argument = cache_argument(policy.hf.base_model)
 
     def run(self) -> list[list[Completion]]:
         """The completions of each prompt."""
@@ -116,7 +117,7 @@ class Decoding:
             input_ids=tokens_BT,
             attention_mask=self.mask_BT.long(),
             position_ids=positions_BT,
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         )
         return self.policy.logits(output.last_hidden_state[:, -1])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_align.models.language import LanguageModel
-from lit_align.rollout.cache import RoomyLayer, roomy_cache, static_cache
+from lit_align.rollout.cache import RoomyLayer, cache_argument, roomy_cache, static_cache
 from lit_align.rollout.decoding import Decoding
 from lit_align.types import Completion
 
@@ -117,6 +117,7 @@ class _Step:
         self.column_1 = torch.tensor([filled], device=running_B.device)
         self.count_1 = torch.zeros_like(self.column_1)
         self.cache = static_cache(policy.hf.config, states, filled + room)
+        self.cache_argument = cache_argument(policy.hf.base_model)
 
     def take(self, token_B: Tensor, logp_B: Tensor) -> None:
         """Tokens that were drawn."""
@@ -135,8 +136,8 @@ class _Step:
             input_ids=self.token_B[:, None],
             attention_mask=self.mask_BL[:, None, None],
             position_ids=self.position_B[:, None],
-            past_key_values=self.cache,
             use_cache=True,
+            **{self.cache_argument: self.cache},
         )
         self.logits_BV.copy_(self.policy.logits(output.last_hidden_state[:, -1]))
         for counter in (self.position_B, self.column_1, self.count_1):

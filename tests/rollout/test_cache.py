@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
+from torch import nn
 from transformers.cache_utils import DynamicLayer
 
-from lit_align.rollout.cache import ROOM, RoomyLayer
+from lit_align.rollout.cache import ROOM, RoomyLayer, cache_argument
+
+
+def test_the_signature_names_the_cache_whatever_the_version() -> None:
+    class Newer(nn.Module):
+        def forward(self, input_ids: Any, cache: Any = None, **kwargs: Any) -> Any: ...
+
+    class Older(nn.Module):
+        def forward(self, input_ids: Any, past_key_values: Any = None, **kwargs: Any) -> Any: ...
+
+    class Recurrent(nn.Module):
+        def forward(self, input_ids: Any, cache_params: Any = None, **kwargs: Any) -> Any: ...
+
+    assert [cache_argument(c()) for c in (Newer, Older, Recurrent)] == ["cache", "past_key_values", "cache_params"]
+
+
+def test_a_forward_that_would_swallow_the_cache_is_refused() -> None:
+    class Swallows(nn.Module):
+        def forward(self, input_ids: Any, **kwargs: Any) -> Any: ...
+
+    with pytest.raises(ValueError, match=r"Swallows\.forward takes no cache"):
+        cache_argument(Swallows())
 
 
 def test_it_holds_what_a_growing_cache_holds() -> None:
