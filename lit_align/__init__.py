@@ -40,7 +40,14 @@ __all__ = [*sorted(_WHERE), "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'lit_align' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lit_align.{_WHERE[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"lit_align.{_WHERE[name]}"), name)
+    except Exception as error:  # a broken release of a dependency raises anything when it is imported
+        from lit_align import versions
+
+        if untested := versions.advice(error):
+            error.add_note(f"lit_align: {untested}")
+        raise
 
 
 def __dir__() -> list[str]:

@@ -6,17 +6,35 @@ import sys
 
 def entry() -> int:
     """Run the command line; what the user can mend ends in one line."""
-    from lit_align.cli import main
+    from lit_align import versions
 
+    debug = bool(os.environ.get("LIT_ALIGN_DEBUG"))
+    try:
+        from lit_align.cli import main
+    except Exception as error:  # a broken release raises anything when it is imported
+        if debug:
+            raise
+        return _failed(versions.failed_import(error))
     try:
         main()
     except (ValueError, FloatingPointError, OSError, MemoryError) as error:
-        if os.environ.get("LIT_ALIGN_DEBUG"):
+        if debug:
             raise
-        said = "; ".join([str(error), *getattr(error, "__notes__", ())])
-        print(f"lit-align: {' '.join(said.split()) or type(error).__name__}", file=sys.stderr)
-        return 1
+        untested = versions.advice(error) if versions.outside() else None
+        notes = [*getattr(error, "__notes__", ()), *([untested] if untested else [])]
+        return _failed("; ".join([str(error), *notes]) or type(error).__name__)
+    except Exception as error:
+        # A bug of this package keeps its traceback; an untested version explains most other surprises.
+        untested = versions.advice(error)
+        if debug or untested is None:
+            raise
+        return _failed(f"{type(error).__name__}: {error}; {untested} (LIT_ALIGN_DEBUG=1 shows the traceback)")
     return 0
+
+
+def _failed(message: str) -> int:
+    print(f"lit-align: {' '.join(message.split())}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -15,6 +15,14 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["LIT_ALIGN_CACHE"] = tempfile.mkdtemp(prefix="lit_align-tests-")
 atexit.register(shutil.rmtree, os.environ["LIT_ALIGN_CACHE"], ignore_errors=True)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402 - after what it reads at import
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn deprecations into errors under exact versions; elsewhere a new release must not fail the suite by one."""
+    if os.environ.get("LIT_ALIGN_DEPRECATIONS") == "error":
+        filters = config.getini("filterwarnings")
+        filters[:] = [line for line in filters if not line.startswith("default::")]

@@ -35,8 +35,9 @@ BELOW = {
     "sweep": {"disk", "callbacks", "pipeline"},
     "commands": {"chat", "config_error", "pipeline", "sweep", "report", "cli"},
     "cli": {"data", "models", "modules", "rewards", "callbacks", "commands", "doctor", "sweep", "config_error"},
-    "__main__": {"cli"},
-    "__init__": {"data", "models", "modules", "rewards", "rollout"},
+    "versions": set(),
+    "__main__": {"cli", "versions"},
+    "__init__": {"data", "models", "modules", "rewards", "rollout", "versions"},
 }
 
 
