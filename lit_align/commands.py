@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser
 
 import lit_align
 from lit_align.config_error import ConfigError, explain
-from lit_align.pipeline import Pipeline, Step
-from lit_align.sweep import Sweep, table
 
 
 def experiments() -> Path:
@@ -62,6 +59,7 @@ def sweep(args: list[str]) -> dict[str, Any]:
     parser.add_argument("--count", type=int, help="points to run; the file's run_cap without it")
     told = parser.parse_args(args)
     from lit_align.cli import main  # cli imports this module
+    from lit_align.sweep import Sweep, table
 
     run = Sweep(told.file, told.out, told.count)
     result = run.run(main)
@@ -114,6 +112,8 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(told: argparse.Namespace, file: str | Path) -> dict[str, float]:
     overrides = dict(_override(text) for text in told.set)
+    from lit_align.pipeline import Pipeline  # imports torch, which help can do without
+
     run = Pipeline(file, told.out, told.seed, told.quick, overrides)
     summary = run.run(_command, _step)
     path = _report(run.out)
@@ -139,6 +139,10 @@ def _command(kind: str, file: Path, further: list[str]) -> None:
 
 def _step(file: Path, folder: Path) -> dict[str, float]:
     """Instantiate the class of a `call` stage and run it."""
+    from jsonargparse import ArgumentParser
+
+    from lit_align.pipeline import Step
+
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--step", type=Step)
     try:

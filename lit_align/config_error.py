@@ -12,9 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import Any, get_args, get_type_hints
 
-from jsonargparse import ArgumentParser
-from lightning import LightningDataModule, LightningModule
-
 import lit_align
 
 
@@ -141,6 +138,8 @@ def _nested(class_path: str | None, path: list[str]) -> Any:
 
 def _options(cls: Any) -> list[str]:
     """Keys that a class accepts."""
+    from jsonargparse import ArgumentParser
+
     try:
         parser = ArgumentParser(exit_on_error=False)
         added = parser.add_class_arguments(cls, "x", fail_untyped=False)
@@ -151,6 +150,8 @@ def _options(cls: Any) -> list[str]:
 
 def _classes(key: str) -> list[str]:
     """Names of our own classes that a top-level key accepts."""
+    from lightning import LightningDataModule, LightningModule  # takes seconds, which an error can do without
+
     base = {"model": LightningModule, "data": LightningDataModule}.get(key)
 
     names, unseen = set(), [base] if base else []

@@ -26,6 +26,7 @@ from typing import Any
 
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
+from lit_align.config_files import config_files
 from lit_align.disk import write_whole
 from lit_align.pipeline import DONE, load_yaml, read_json, set_aside, write_json
 
@@ -318,15 +319,6 @@ def short_names(keys: Mapping[str, Any]) -> dict[str, str]:
         lengths = (n for n in range(1, len(path)) if ending(key, n) not in {ending(other, n) for other in others})
         short[key] = ending(key, next(lengths, len(path)))
     return short
-
-
-def config_files(words: list[str]) -> Iterator[Path]:
-    """What follows `-c` in a command."""
-    for flag, value in itertools.pairwise([*words, ""]):
-        joined = re.fullmatch(r"(?:--config=|-c)(.+)", flag)
-        name = joined[1] if joined else value if flag in ("-c", "--config") else ""
-        if name:
-            yield Path(name)
 
 
 def _args(parameters: Mapping[str, Any]) -> list[str]:

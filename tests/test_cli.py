@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lit_align import __version__
 from lit_align.__main__ import entry
 from lit_align.callbacks.manifest import model_hash
-from lit_align.cli import _parents, free_folder, main, requeued_folder, resumed_folder
+from lit_align.cli import main
+from lit_align.lightning_cli import _parents
+from lit_align.run_folder import free_folder, requeued_folder, resumed_folder
 
 LEFT = {"config.yaml", "metrics.csv", "manifest.json", "checkpoints", "model"}
 

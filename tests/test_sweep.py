@@ -18,7 +18,8 @@ from support.runs import write_rows
 from support.tiny import tiny_folder
 
 from lit_align.cli import main
-from lit_align.sweep import Point, Sweep, config_files, short_names, table
+from lit_align.config_files import config_files
+from lit_align.sweep import Point, Sweep, short_names, table
 
 LR = "model.init_args.optimizer.init_args.lr"
 BETA = "model.init_args.beta"

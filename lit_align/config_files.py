@@ -1,0 +1,64 @@
+"""The configuration files that a command line names, checked before anything slow is imported."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from lit_align.config_error import ConfigError
+
+
+def config_files(words: list[str]) -> Iterator[Path]:
+    """What follows `-c` in a command."""
+    for flag, value in itertools.pairwise([*words, ""]):
+        joined = re.fullmatch(r"(?:--config=|-c)(.+)", flag)
+        name = joined[1] if joined else value if flag in ("-c", "--config") else ""
+        if name:
+            yield Path(name)
+
+
+def check_files(words: list[str]) -> None:
+    """Refuse a command line whose configuration files are missing or are not YAML.
+
+    Raises:
+        ConfigError: names the file.
+    """
+    files = config_files(words)
+    if words[:1] == ["doctor"] and words[1:] and not words[1].startswith("-"):
+        files = itertools.chain([Path(words[1])], files)
+    for file in files:
+        if file.is_file():
+            check_syntax(file)
+        elif not _is_content(str(file)):
+            problem = "Expected a file, got a folder" if file.is_dir() else "File does not exist"
+            raise ConfigError(f"config: {problem}: {file}")
+
+
+def _is_content(text: str) -> bool:
+    """Whether `-c` is followed by YAML itself, which jsonargparse takes as well as a file."""
+    try:
+        return isinstance(yaml.safe_load(text), dict)
+    except yaml.YAMLError:
+        return False
+
+
+def check_syntax(file: Path) -> None:
+    """Refuse a file that is not a YAML mapping.
+
+    Raises:
+        ConfigError: names the file and the line.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = " ".join(str(getattr(error, "problem", error)).split())
+        raise ConfigError(f"{file}{line}: not valid YAML: {problem}") from error
+    if not isinstance(content, dict):
+        held = "nothing" if content is None else type(content).__name__
+        raise ConfigError(f"{file} holds {held}, expected a mapping with the keys of a configuration")

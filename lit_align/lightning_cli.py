@@ -1,0 +1,260 @@
+"""`lit-align fit | validate | test | predict | doctor`: LightningCLI, for any module and data."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lit_align.data
+import lit_align.modules
+import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML without their module path
+from lit_align.callbacks import (
+    AtomicCheckpointIO,
+    HFExport,
+    Manifest,
+    MetricsCSV,
+    PredictionsFile,
+    RunCheckpoint,
+    SaveRunConfig,
+    progress,
+)
+from lit_align.config_error import ConfigError, explain
+from lit_align.data.files import expand
+from lit_align.doctor import examine
+from lit_align.run_folder import free_folder, requeued_folder, resumed_folder
+
+
+class FullNamesParser(LightningArgumentParser):
+    """Takes no abbreviated keys, at any depth: they would be misspelt ones that work."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+
+class AlignCLI(LightningCLI):
+    """LightningCLI with a folder per run.
+
+    Everything a run leaves goes to `--out`: config.yaml, metrics.csv, manifest.json, checkpoints/, model/. A folder
+    that holds another run is never written into: the new run gets the next free name.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`--out`, and the checkpoint callback."""
+        parser.add_argument(
+            "--out", type=str, default="runs/run", help="Folder of the run; may name environment variables."
+        )
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        # One checkpoint, the latest, under two names. With save_top_k: 0 Lightning saves nothing before the end.
+        newest = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in newest.items()})
+
+    def before_instantiate_classes(self) -> None:
+        """Settle where the run writes, and what it always has."""
+        config = self.config[self.subcommand]
+        for key in ("trainer", "checkpoint"):
+            if not hasattr(config[key], "as_dict"):
+                raise ConfigError(f"{key}: expected a mapping of options, got {config[key]!r:.40}")
+        config.out = expand(config.out)
+        if self.subcommand == "fit" and config.ckpt_path is None and (again := requeued_folder(Path(config.out))):
+            config.out, config.ckpt_path = str(again), "last"
+        out = resumed_folder(config.get("ckpt_path"), Path(config.out)) if self.subcommand == "fit" else None
+        if out is None:
+            out = free_folder(Path(config.out))
+            if str(out) != config.out:
+                print(f"{config.out} holds another run: this one goes to {out}")
+        elif out.resolve() != Path(config.out).resolve():
+            print(f"goes on in {out}, the folder of the checkpoint")
+        config.out = str(out)
+        config.checkpoint.dirpath = str(out / "checkpoints")
+        config.trainer.default_root_dir = str(out)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with the run's logger and callbacks."""
+        config = self.config[self.subcommand]
+        out = Path(config.out)
+        self.save_config_kwargs = {"folder": out}
+        told = self._get(self.config_init, "trainer")
+        callbacks: list[Callback] = [Manifest(out, config.seed_everything, _parents(config))]
+        if told.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in _list(told.callbacks)):
+            callbacks.append(progress())
+        if self.subcommand == "fit":
+            callbacks.append(HFExport(out / "model", run=out))
+        if self.subcommand == "predict":
+            callbacks.append(PredictionsFile(out / "completions.jsonl"))
+        self.trainer_defaults["callbacks"] = callbacks
+        plugins = _list(told.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if told.logger is not False:
+            kwargs["logger"] = [*_list(None if told.logger is True else told.logger), MetricsCSV(out)]
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Lightning's; the checkpoint callback is no mistake of who asks for no checkpoints."""
+        if config["enable_checkpointing"] is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
+        return super()._instantiate_trainer(config, callbacks)
+
+
+class DoctorCLI(AlignCLI):
+    """Instantiates what `fit` would, writes nothing, and examines it."""
+
+    def before_instantiate_classes(self) -> None:
+        """No folder."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A Trainer without the run's loggers and callbacks."""
+        self.save_config_callback = None
+        return LightningCLI.instantiate_trainer(self, logger=False)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        findings = examine(self.trainer, self.model, self.datamodule)
+        print("\n".join(map(str, findings)))
+        if wrong := sum(finding.level == "wrong" for finding in findings):
+            raise ConfigError(f"{wrong} of {len(findings)} findings would spoil the run: see above")
+
+
+def _list(value: Any) -> list[Any]:
+    """One, several or none, as a list."""
+    return [] if value is None else list(value) if isinstance(value, Iterable) and type(value) is not str else [value]
+
+
+def _parents(config: Any) -> list[str]:
+    """Folders of models that a configuration names."""
+    found = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        # os.path, which says of a chat template that it is no file; pathlib raises that the name is too long.
+        elif isinstance(value, str) and os.path.exists(os.path.join(value, "config.json")):
+            found.append(value)
+
+    visit(config.as_dict())
+    return sorted(set(found))
+
+
+def run_lightning(args: list[str]) -> AlignCLI:
+    """Run a command of LightningCLI's, or `doctor`, in this process.
+
+    Args:
+        args: the command line without the program's name.
+
+    Raises:
+        ConfigError: a configuration that cannot be used.
+    """
+    cli: type[AlignCLI] = AlignCLI
+    if args[0] == "doctor":
+        cli, args = DoctorCLI, ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
+    with _quiet_start(), _own_wandb_run():
+        return _lightning(args, cli)
+
+
+def _lightning(args: list[str], cli: type[AlignCLI]) -> AlignCLI:
+    try:
+        return cli(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=SaveRunConfig,
+            auto_configure_optimizers=False,
+            trainer_defaults={"num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False},
+            parser_kwargs={
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in AlignCLI.subcommands()},
+            },
+            parser_class=FullNamesParser,
+            args=args,
+        )
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error))) from error
+    except ValueError as error:
+        # Values that parse but that a class refuses come back from instantiation wrapped in the same tree.
+        if str(error).startswith("Does not validate"):
+            raise ConfigError(explain(str(error))) from error
+        raise
+    except MisconfigurationException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except RuntimeError as error:  # of torch's, raised wherever the process is when its child dies
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            "a process that builds batches was killed, mostly for want of memory: lower data.num_workers (0 needs no "
+            f"process), and go on with --ckpt_path last ({' '.join(str(error).split())})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _own_wandb_run() -> Iterator[None]:
+    """A run of Weights & Biases that begins in a command ends with it: the next in this process is another one."""
+
+    def current() -> Any:
+        return getattr(sys.modules.get("wandb"), "run", None)
+
+    before = current()
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        if before is None and current() is not None:
+            current().finish(exit_code=code)
+
+
+@contextlib.contextmanager
+def _quiet_start() -> Iterator[None]:
+    """Without Lightning's advertisements and its report of hardware that is not there."""
+    lines = re.compile(r"💡|TPU available|HPU available|GPU available: False|Seed set to|`Trainer\.\w+` stopped")
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not lines.search(record.getMessage())
+
+    for logger in loggers:
+        logger.addFilter(wanted)
+    try:
+        with warnings.catch_warnings():
+            for message in _UPSTREAM:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(wanted)
+
+
+# Warnings that say nothing about the user's run, by how they begin.
+_UPSTREAM = (
+    r"LightningCLI's args parameter is intended",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"The '\w+' does not have many workers",
+    r"Total length of `list` across ranks is zero",  # no validation, as the data module was told
+    r"Couldn't infer the batch indices fetched from your dataloader",
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"Checkpoint directory .* exists and is not empty",
+    r"The dirpath has changed from",  # of checkpoints: a run may be looked at from another folder
+    r"Using ModelCheckpoint with manual optimization",  # it holds the weights after the step, as it should
+    r"(?s)\s*.{0,80}deprecated in v4",  # of jsonargparse, by Lightning
+    r"\s*By default only one JsonargparseDeprecationWarning",
+)
+_TALKATIVE = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+)
