@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lit_align.models.intact import check_files, check_fit, check_values, read_json
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
 from lit_align.models.rms_norm import normalize_in_few_passes
@@ -85,10 +86,26 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
     """The tokenizer of a model.
 
     Raises:
-        ValueError: no such folder or hub name.
+        ValueError: no such folder or hub name, or no usable tokenizer in it; names the file.
     """
-    with _explained(name):
+    folder = Path(name)
+    if folder.is_dir():
+        if (folder / "tokenizer_config.json").exists():
+            read_json(folder / "tokenizer_config.json")
+        if not any((folder / file).exists() for file in _TOKENIZERS):
+            raise ValueError(
+                f"{name!r} has no tokenizer ({_TOKENIZERS[0]} or another of its kind): copy the tokenizer's files "
+                "there, or name another folder as data.tokenizer"
+            )
+    with _explained(name, "the tokenizer of "):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+# What a tokenizer lies in, by its kind; the first is the usual one.
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "tiktoken.model", "vocab.model",
+)  # fmt: skip
 
 
 def device_of(name: str) -> torch.device:
@@ -106,6 +123,7 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
             f"{network.name!r} holds an adapter alone; a stage starts from a whole model, which the run that made this "
             "one leaves with `lora: {export: merged}`"
         )
+    check_files(Path(network.name), weights=network.weights == "pretrained")
     with _explained(network.name), _quiet():
         config = AutoConfig.from_pretrained(network.name, revision=network.revision, **remote, **config_options)
         if network.dropout is not None:
@@ -121,15 +139,11 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
                 revision=network.revision,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are errors below, of one line
                 **options,
             )
-            missing = sorted(info["missing_keys"])
-    missing_weights = [key for key in missing if not key.startswith("score")]
-    if missing_weights:
-        raise ValueError(
-            f"{network.name!r} lacks {len(missing_weights)} of the weights of {type(model).__name__}, the first being "
-            f"{missing_weights[0]}: they would be random"
-        )
+            missing = check_fit(network.name, model, info, scalar=bool(config_options))
+            check_values(network.name, {key: w for key, w in model.state_dict().items() if key not in missing})
     if network.attention is None:
         attend_by_tree(model)
     turn_without_copies(model)
@@ -156,17 +170,34 @@ def _set_dropout(config: PreTrainedConfig, rate: float) -> None:
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, what: str = "") -> Iterator[None]:
+    """One line for whatever a damaged folder makes transformers raise: errors of every kind.
+
+    Raises:
+        ValueError: says what cannot be loaded, and why.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (MemoryError, torch.OutOfMemoryError, ImportError):
+        raise  # these are no faults of the folder
+    except Exception as error:
+        if str(error).startswith(repr(name)):
+            raise  # one line already
+        reason = _reason(error)
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{name!r} comes with code of its own, which is run only with network.trust_remote_code: true; look at "
                 "it before you trust it"
             ) from error
-        raise ValueError(f"cannot load {name!r} (neither a usable folder nor a name on the hub): {reason}") from error
+        raise ValueError(
+            f"cannot load {what}{name!r} (neither a usable folder nor a name on the hub): {reason}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error, and the second where the first only leads to it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 1 + lines[0].endswith(":")]) if lines else type(error).__name__
 
 
 @contextlib.contextmanager

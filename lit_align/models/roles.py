@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_align.models.intact import AGAIN, check_values, read_header, read_json
 from lit_align.models.language import LanguageModel
 from lit_align.models.load import check_scalar, draw_head, load_scorer
 from lit_align.models.lora import (
@@ -78,6 +79,7 @@ class ScalarAdapter(Scorer):
             parameter.requires_grad_(trained)
 
     def _load(self, hf: PreTrainedModel, folder: Path) -> None:
+        check_adapter(folder)
         config = LoraConfig.from_pretrained(str(folder))
         with safe_open(folder / WEIGHTS, "pt") as file:
             told = file.metadata() or {}
@@ -85,10 +87,20 @@ class ScalarAdapter(Scorer):
         config.modules_to_save, config.lora_dropout = None, 0.0
         add_adapter(hf, config, self.role)
         state = {name.removeprefix(PREFIX): weight for name, weight in load_file(folder / WEIGHTS).items()}
+        # The second matrix of an adapter starts from zero.
+        check_values(
+            str(folder), {n: w if w.dim() < 2 or ".lora_B." not in n else w.view(-1) for n, w in state.items()}
+        )
         if "score.weight" not in state:
             raise ValueError(f"{self.role}: the adapter in {folder} has no scalar head: it is not a reward model's")
         self.linear.weight.data.copy_(state.pop("score.weight"))
-        loaded: Any = set_peft_model_state_dict(hf, state, self.role)
+        try:
+            loaded: Any = set_peft_model_state_dict(hf, state, self.role)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.role}: {CONFIG} and {WEIGHTS} do not belong together in {folder} (rank {config.r} by the one, "
+                f"other shapes in the other): {AGAIN}"
+            ) from error
         lacking = [name for name in loaded.missing_keys if ".lora_" in name and adapter_role(name) == self.role]
         if names := loaded.unexpected_keys or lacking:
             what = "has weights without a place in the policy" if loaded.unexpected_keys else "lacks weights"
@@ -123,6 +135,18 @@ class ScalarAdapter(Scorer):
     def trained_parameters(self) -> list[nn.Parameter]:
         """Head and adapters; the latter are among the parameters of the policy."""
         return [*self.parameters(), *adapter_parameters(self.owner[0], self.role)]
+
+
+def check_adapter(folder: Path) -> None:
+    """Check the files of an adapter's folder before anything is loaded.
+
+    Raises:
+        ValueError: one is gone or damaged.
+    """
+    read_json(folder / CONFIG)
+    if not (folder / WEIGHTS).exists():
+        raise ValueError(f"{WEIGHTS} is not in the folder {folder}, which has {CONFIG}: {AGAIN}")
+    read_header(folder / WEIGHTS)
 
 
 def load_role(network: Network, policy: LanguageModel, role: str, trained: bool = False) -> Scorer:
