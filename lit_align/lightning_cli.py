@@ -16,7 +16,7 @@ from typing import Any
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_align.data
@@ -33,6 +33,7 @@ from lit_align.callbacks import (
     progress,
 )
 from lit_align.config_error import ConfigError, explain
+from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
 from lit_align.doctor import examine
 from lit_align.run_folder import free_folder, requeued_folder, resumed_folder
@@ -61,6 +62,12 @@ class AlignCLI(LightningCLI):
         # One checkpoint, the latest, under two names. With save_top_k: 0 Lightning saves nothing before the end.
         newest = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in newest.items()})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse; a list that is given twice is the later one alone."""
+        if args is None or isinstance(args, list):
+            args = replace_lists(sys.argv[1:] if args is None else args)
+        super().parse_arguments(parser, args)
 
     def before_instantiate_classes(self) -> None:
         """Settle where the run writes, and what it always has."""
