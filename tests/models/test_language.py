@@ -285,11 +285,11 @@ def test_under_autocast_the_head_is_that_of_autocast(monkeypatch: pytest.MonkeyP
     model = model_of(tiny_config("llama")).float()
     batch = pack(examples())
 
-    def scores(**attributes: Any) -> list[Tensor]:
+    def scores(autocast: bool = True, **attributes: Any) -> list[Tensor]:
         language = LanguageModel(model)
         vars(language).update(attributes)
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             scored = language(batch, entropies=True)
         (scored.logps_S * torch.arange(len(scored.logps_S))).sum().backward()
         assert scored.entropies_S is not None
@@ -302,8 +302,12 @@ def test_under_autocast_the_head_is_that_of_autocast(monkeypatch: pytest.MonkeyP
     expected, got = scores(_plain_head=lambda: False), scores()
     assert [call[1].dtype for call in calls] == [torch.bfloat16]
     assert got[0].dtype == torch.float32
-    for theirs, ours in zip(expected, got, strict=True):
+    for theirs, ours in zip(expected[:2], got[:2], strict=True):
         assert (theirs - ours).abs().max() <= 1e-2 * theirs.abs().max()
+    # How bf16 rounds a gradient depends on the processor: the two differ by less than half of what bf16 itself costs.
+    exact = scores(autocast=False)
+    for right, theirs, ours in zip(exact[2:], expected[2:], got[2:], strict=True):
+        assert (theirs - ours).abs().max() <= (theirs - right).abs().max() / 2
     assert torch.allclose(expected[0], got[0], atol=1e-5)
 
 
