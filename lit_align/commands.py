@@ -141,12 +141,15 @@ def _step(file: Path, folder: Path) -> dict[str, float]:
     """Instantiate the class of a `call` stage and run it."""
     from jsonargparse import ArgumentParser
 
+    from lit_align import named_code
     from lit_align.pipeline import Step
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--step", type=Step)
+    named_code.restrict()
     try:
         config = parser.parse_object({"step": yaml.safe_load(file.read_text())})
+        named_code.check(config)
         step: Step = parser.instantiate(config).step
     except (TypeError, ValueError, argparse.ArgumentError) as error:
         raise ConfigError(f"{file}: {explain(str(error))}") from error

@@ -29,6 +29,7 @@ _OPTION = re.compile(
     r"|Key '(?P<key>[^']+)' is not expected|(?:Group '(?P<group>[^']+)' )?does not accept option '(?P<inner>[^']+)'"
 )
 _IMPORT = re.compile(r"Expected a dot import path string: (\S+)|has no attribute '(\w+)'|No module named '([\w.]+)'")
+_DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is required")
 _INSTANCE = re.compile(r"(?:Not a valid subclass of|Does not implement protocol) (\w+)(?:\. Got value: (.*))?")
 _ALTERNATIVE = re.compile(r"Expected a (<class '[^']+'>|typing\.Literal\[[^\]]*\])")
@@ -78,6 +79,8 @@ def _alternatives(lines: list[str]) -> str:
 def _sentence(key: str, class_path: str | None, problem: str) -> str:
     if option := _OPTION.search(problem):
         return _unknown_key(key, ".".join(part for part in option.groups() if part), class_path, problem)
+    if denied := _DENIED.search(problem):
+        return f"{key}: a configuration may not name {denied[1]!r}: it runs commands or opens files (docs/security.md)"
     if wanted := _IMPORT.search(problem):
         name = next(group for group in wanted.groups() if group)
         names = _classes(key)

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lit_align.data
 import lit_align.modules
 import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML without their module path
+from lit_align import named_code
 from lit_align.callbacks import (
     AtomicCheckpointIO,
     HFExport,
@@ -64,10 +65,14 @@ class AlignCLI(LightningCLI):
         parser.set_defaults({f"checkpoint.{key}": value for key, value in newest.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; a list that is given twice is the later one alone."""
+        """Parse; a list that is given twice is the later one alone. Check which code the configuration names."""
         if args is None or isinstance(args, list):
             args = replace_lists(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
+        named_code.check(self.config.get(self.config.get("subcommand")))
+
+    def _parse_ckpt_path(self) -> None:
+        """No-op: Lightning would merge the `hyper_parameters` of the checkpoint into the configuration."""
 
     def before_instantiate_classes(self) -> None:
         """Settle where the run writes, and what it always has."""
@@ -173,6 +178,7 @@ def run_lightning(args: list[str]) -> AlignCLI:
 
 
 def _lightning(args: list[str], cli: type[AlignCLI]) -> AlignCLI:
+    named_code.restrict()
     try:
         return cli(
             LightningModule,
