@@ -33,6 +33,8 @@ from lit_align.callbacks import (
     SaveRunConfig,
     progress,
 )
+from lit_align.callbacks.checkpoint import BEST
+from lit_align.callbacks.chosen import Which
 from lit_align.config_error import ConfigError, explain
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
@@ -58,6 +60,12 @@ class AlignCLI(LightningCLI):
         """`--out`, and the checkpoint callback."""
         parser.add_argument(
             "--out", type=str, default="runs/run", help="Folder of the run; may name environment variables."
+        )
+        parser.add_argument(
+            "--export",
+            type=Which | None,  # type: ignore[arg-type]  # jsonargparse takes any type hint
+            default=None,
+            help="Weights in the folder model/: last or best; null for the best by checkpoint.monitor, else the last.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         # One checkpoint, the latest, under two names. With save_top_k: 0 Lightning saves nothing before the end.
@@ -90,6 +98,8 @@ class AlignCLI(LightningCLI):
                 print(f"{config.out} holds another run: this one goes to {out}")
         elif out.resolve() != Path(config.out).resolve():
             print(f"goes on in {out}, the folder of the checkpoint")
+        if config.get("ckpt_path") == "best" and self.subcommand == "fit":
+            config.ckpt_path = str(Path(config.out) / "checkpoints" / BEST)
         config.out = str(out)
         config.checkpoint.dirpath = str(out / "checkpoints")
         config.trainer.default_root_dir = str(out)
@@ -104,7 +114,7 @@ class AlignCLI(LightningCLI):
         if told.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in _list(told.callbacks)):
             callbacks.append(progress())
         if self.subcommand == "fit":
-            callbacks.append(HFExport(out / "model", run=out))
+            callbacks.append(HFExport(out / "model", run=out, which=config.export))
         if self.subcommand == "predict":
             callbacks.append(PredictionsFile(out / "completions.jsonl"))
         self.trainer_defaults["callbacks"] = callbacks

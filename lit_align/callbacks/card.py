@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_align.callbacks.chosen import Chosen
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.data.base import TextDataModule
@@ -39,7 +40,9 @@ class Ancestor(NamedTuple):
     roles: list[str]
 
 
-def model_card(trainer: Trainer, module: LightningModule, run: Path | None, title: str) -> str:
+def model_card(
+    trainer: Trainer, module: LightningModule, run: Path | None, title: str, picked: Chosen | None = None
+) -> str:
     """README.md of an exported model: method, data, metrics at the end, lineage, versions and configuration.
 
     It says neither when nor into which folder it was written, nor that the run was resumed: a run that was interrupted
@@ -51,11 +54,12 @@ def model_card(trainer: Trainer, module: LightningModule, run: Path | None, titl
         run: folder with the run's config.yaml, manifest.json and metrics.csv; None, or none of these, for a run
             without the command line: the card then says what the Trainer knows.
         title: first heading.
+        picked: whose step the weights are of; None for the last.
     """
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     manifest = _read(run, "manifest.json")
     config = _without(_read(run, "config.yaml"), _PLACES)
-    logged = last_values(run / "metrics.csv") if run is not None else {}
+    logged = last_values(run / "metrics.csv", picked.row if picked else None) if run is not None else {}
     logged = logged or {name: float(value) for name, value in trainer.callback_metrics.items()}
     network = getattr(module, "network", None)
     lora = getattr(network, "lora", None)
@@ -73,7 +77,8 @@ def model_card(trainer: Trainer, module: LightningModule, run: Path | None, titl
         adapter=adapter,
         generates=generates,
         data=manifest.get("data") or getattr(datamodule, "manifest", list)(),
-        steps=trainer.global_step,
+        steps=picked.step if picked else trainer.global_step,
+        picked=picked if picked and picked.which == "best" else None,
         metrics={name: logged[name] for name in sorted(logged, key=_held_out_first) if name not in ("epoch", "step")},
         lineage=lineage,
         environment=_environment(manifest or environment()),

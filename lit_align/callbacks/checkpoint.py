@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from lit_align.callbacks.metrics_csv import log_ahead
 from lit_align.callbacks.preemption import StopRequest
 from lit_align.disk import replacing
 
+# Beside last.ckpt, with a monitor: a link to the best.
+BEST = "best.ckpt"
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Saves after each validation, after the last batch of an epoch that has none, and at the end of training.
@@ -27,6 +31,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     A run that dies at any moment leaves a checkpoint under the name of the last one, and goes on from it to the bit.
     On SIGTERM, and on SLURM's signal before the time is up, it saves after the batch or the validation that it is in.
+
+    With a `monitor`, `last.ckpt` is of the last step and `best.ckpt` is a link to the best by that metric. A metric of
+    validation (`val/...`) is compared after each validation alone: between two, it is of other weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,9 +48,10 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and self.dirpath is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for partial in Path(self.dirpath).glob(".*.ckpt.partial"):
                 partial.unlink()
-            if self._before and self._should_remove_checkpoint(trainer, self._before, self.best_model_path):
+            kept = {*self.best_k_models, self.best_model_path, str(trainer.ckpt_path)}
+            if self._before not in {"", *kept} and self._should_remove_checkpoint(trainer, self._before, ""):
                 super()._remove_checkpoint(trainer, self._before)
-        self._before = self.best_model_path
+        self._before = "" if self.monitor is not None else self.best_model_path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals."""
@@ -55,23 +63,30 @@ class RunCheckpoint(ModelCheckpoint):
         loop = trainer.fit_loop
         # A run that goes on from before a validation would not catch up on it.
         validates = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
-        if self.monitor is None and validates:
-            every = self._every_n_train_steps
-            due = every > 0 and trainer.global_step % every == 0
-            self._defer_save_until_validation |= due and not self._should_skip_saving_checkpoint(trainer)
+        after_validation = self.monitor is None or self._validated
+        if after_validation and validates:
+            self._defer_save_until_validation |= self._due(trainer) and not self._should_skip_saving_checkpoint(trainer)
             return
         log_ahead(trainer)
-        super().on_train_batch_end(trainer, pl_module, *args)
+        if self._validated:
+            if self._due(trainer):
+                self._save(trainer)
+        else:
+            super().on_train_batch_end(trainer, pl_module, *args)
         epoch = trainer.current_epoch + 1
         due = trainer.is_last_batch and self._every_n_epochs > 0 and epoch % self._every_n_epochs == 0
         if due and not sum(trainer.num_val_batches):
-            self._save(trainer)
+            self._save(trainer, compared=not self._validated)
         if not validates:
             self._leave_if_asked(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
+        # A metric of validation is new now, whatever the interval of saves between validations.
+        self._defer_save_until_validation |= self._validated and self._every_n_train_steps > 0
         super().on_validation_end(trainer, pl_module)
+        if self.monitor is not None:
+            self._save(trainer)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._leave_if_asked(trainer)
 
@@ -81,11 +96,31 @@ class RunCheckpoint(ModelCheckpoint):
             self._save(trainer)
         super().on_train_end(trainer, pl_module)
 
-    def _save(self, trainer: Trainer) -> None:
-        if self.monitor is None and not self._should_skip_saving_checkpoint(trainer):
+    def _save(self, trainer: Trainer, compared: bool = False) -> None:
+        """Save the last step; and, with a monitor, among the best if it is `compared`."""
+        if not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
+            if self.monitor is None or (compared and self.monitor in candidates):
+                self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
+
+    @property
+    def _validated(self) -> bool:
+        """Whether the monitored metric is one of validation."""
+        return self.monitor is not None and self.monitor.startswith("val")
+
+    def _due(self, trainer: Trainer) -> bool:
+        """Whether a save between validations is due, by steps or by time."""
+        every, interval = self._every_n_train_steps, self._train_time_interval
+        if every > 0 and trainer.global_step % every == 0:
+            return True
+        if interval is None or self.monitor is None:
+            return False
+        now = time.monotonic()
+        waited = self._last_time_checked is not None and now - self._last_time_checked >= interval.total_seconds()
+        if due := bool(trainer.strategy.broadcast(waited)):
+            self._last_time_checked = now
+        return due
 
     def _leave_if_asked(self, trainer: Trainer) -> None:
         if not self._stop.made(trainer) or _pending(trainer):
@@ -110,10 +145,29 @@ class RunCheckpoint(ModelCheckpoint):
         self._before = self.best_model_path
         super()._save_none_monitor_checkpoint(trainer, monitor_candidates)
 
+    def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        full = len(self.best_k_models) == self.save_top_k
+        self._before = self.kth_best_model_path if full else ""
+        super()._save_monitor_checkpoint(trainer, monitor_candidates)
+
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        super()._save_last_checkpoint(trainer, monitor_candidates)
+        if self.monitor is not None and self.save_last == "link":
+            self._save_last_of_monitored(trainer, monitor_candidates)
+        else:
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+        if self.monitor is not None and self.best_model_path:
+            self._link_checkpoint(trainer, self.best_model_path, str(Path(self.best_model_path).parent / BEST))
         while self._replaced:
             super()._remove_checkpoint(trainer, self._replaced.pop())
+
+    def _save_last_of_monitored(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """A link to what this step has just saved among the best, or a file of its own."""
+        last = self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST)
+        self.last_model_path = last
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_checkpoint(trainer, last)
+        elif self._last_checkpoint_saved != last:
+            self._link_checkpoint(trainer, self._last_checkpoint_saved, last)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # Lightning's removes the older one before the link to it leads to the new one.
@@ -141,7 +195,7 @@ class RunCheckpoint(ModelCheckpoint):
         there = {path for path in found if os.path.exists(path)}
         if there or self.dirpath is None:
             return there
-        others = [path for path in Path(self.dirpath).glob("*.ckpt") if path.exists()]
+        others = [path for path in Path(self.dirpath).glob("*.ckpt") if path.exists() and path.name != BEST]
         if found and not others:
             raise ValueError(f"{min(found)} leads to a file that is gone: remove it to begin anew")
         if others:
@@ -157,9 +211,25 @@ class RunCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "before": self._before}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there, in the folder where the run lies now."""
+        state_dict = _moved(state_dict, self.dirpath)
         super().load_state_dict(state_dict)
         self._before = state_dict.get("before", "")
+
+
+def _moved(state: dict[str, Any], folder: Any) -> dict[str, Any]:
+    """A checkpoint callback's state whose files lie in another folder now, as after a run was moved or renamed."""
+    before = state.get("dirpath")
+    if folder is None or before is None or str(before) == str(folder):
+        return state
+
+    def here(path: str) -> str:
+        moved = Path(folder) / Path(path).name
+        return str(moved) if path and Path(path).parent == Path(before) and moved.exists() else path
+
+    kept = {here(path): score for path, score in state["best_k_models"].items() if Path(here(path)).exists()}
+    paths = ("best_model_path", "kth_best_model_path", "last_model_path", "before")
+    return {**state, **{key: here(state.get(key, "")) for key in paths}, "best_k_models": kept, "dirpath": folder}
 
 
 def _pending(trainer: Trainer) -> bool:

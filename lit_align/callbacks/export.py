@@ -8,7 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.callbacks.card import model_card
-from lit_align.callbacks.ema import averaged
+from lit_align.callbacks.chosen import Which, check_choice, chosen
+from lit_align.callbacks.normalize import rescale
 from lit_align.models.export import export
 from lit_align.models.sharding import is_sharded
 
@@ -23,28 +24,42 @@ class HFExport(Callback):
     Args:
         folder: where to.
         run: folder with config.yaml, manifest.json and metrics.csv, for the card.
+        which: weights of the last step, or of the best by `checkpoint.monitor`; null for the best where a metric is
+            monitored, else the last.
     """
 
-    def __init__(self, folder: str | Path, run: str | Path | None = None) -> None:
+    def __init__(self, folder: str | Path, run: str | Path | None = None, which: Which | None = None) -> None:
         self.folder = Path(folder)
         self.run = None if run is None else Path(run)
+        self.which = which
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a choice that cannot be made.
+
+        Raises:
+            ValueError: the best is asked for, and no metric is monitored.
+        """
+        if stage == "fit":
+            check_choice(trainer, self.which)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, on the first process, or on all where each has a slice of the model."""
         exported = getattr(pl_module, "exported", None)
         if exported is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not trainer.is_global_zero and not is_sharded(pl_module):
-            return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = getattr(datamodule, "tokenizer", None) or getattr(pl_module, "tokenizer", None)
         lora = getattr(getattr(pl_module, "network", None), "lora", None)
-        with averaged(trainer, pl_module):
+        with chosen(trainer, pl_module, self.which) as picked:
+            rescale(trainer, pl_module)
+            if not trainer.is_global_zero and not is_sharded(pl_module):
+                return
             export(
                 exported(),
                 tokenizer,
                 self.folder,
                 getattr(datamodule, "stop_ids", ()),
                 adapter=lora is not None and lora.export == "adapter",
-                card=model_card(trainer, pl_module, self.run, title=(self.run or self.folder).resolve().name),
+                card=model_card(trainer, pl_module, self.run, (self.run or self.folder).resolve().name, picked),
+                told=picked.told(),
             )

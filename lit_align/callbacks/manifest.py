@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.disk import write_whole
+from lit_align.models.seal import model_hash
 
 PACKAGES = (
     "lit_align",
@@ -92,16 +92,3 @@ def _commit() -> str | None:
         return told.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def model_hash(folder: Path) -> str | None:
-    """Hash of the weights of a folder; None for what is not a folder."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    if not files:
-        return None
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -106,13 +106,15 @@ class _ContinuingWriter(ExperimentWriter):
             writer.writerows(rows)
 
 
-def last_values(metrics: Path) -> dict[str, float]:
-    """The last value of each metric of a run."""
+def last_values(metrics: Path, until: int | None = None) -> dict[str, float]:
+    """The last value of each metric of a run; with `until`, up to that `step` of the file."""
     if not metrics.exists():
         return {}
     values: dict[str, float] = {}
     with metrics.open(newline="") as file:
         for row in csv.DictReader(file):
+            if until is not None and float(row.get("step") or 0) > until:
+                break
             values |= {name: float(value) for name, value in row.items() if value}
     return values
 

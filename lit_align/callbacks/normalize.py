@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_align.callbacks.ema import averaged
+from lit_align.callbacks.chosen import chosen, wanted
 from lit_align.data.answers import AnswerDataModule
 from lit_align.data.base import TextDataModule
 from lit_align.data.source import Source
@@ -32,6 +32,7 @@ class NormalizeReward(Callback):
     def __init__(self, sources: list[Source], batch_size: int = 16) -> None:
         self.sources = sources
         self.batch_size = batch_size
+        self.scale: tuple[float, float] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the answers now: what is wrong with them should not come out when training is over.
@@ -66,11 +67,19 @@ class NormalizeReward(Callback):
         """Score them, each process its share, by the weights that are exported."""
         assert isinstance(pl_module, RewardModule)
         scorer = pl_module.scorer.eval()
-        with averaged(trainer, pl_module), trainer.precision_plugin.forward_context():
+        with chosen(trainer, pl_module, wanted(trainer)), trainer.precision_plugin.forward_context():
             batches = (trainer.strategy.batch_to_device(batch) for batch in self.answers.val_dataloader())
             scores = torch.cat([scorer(batch) for batch in batches])
         mean, variance = pl_module.moments_over_ranks(scores)
         deviation = variance.sqrt().item()
         # Scores that are all the same have no unit.
-        scorer.normalize(mean.item(), deviation if deviation > 1e-6 else 1.0)
+        self.scale = mean.item(), deviation if deviation > 1e-6 else 1.0
+        scorer.normalize(*self.scale)
         rank_zero_info(f"rewards are 0 where the score is {mean:.4g}, and 1 a deviation of {deviation:.4g} above")
+
+
+def rescale(trainer: Trainer, module: LightningModule) -> None:
+    """Set the scale that a `NormalizeReward` found for the weights that are exported, if there is one."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, NormalizeReward) and callback.scale is not None and isinstance(module, RewardModule):
+            module.scorer.normalize(*callback.scale)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lit_align.models.load import _quiet
 from lit_align.models.lora import has_lora, merged_state_dict
 from lit_align.models.roles import adapter_file, save_adapter
+from lit_align.models.seal import write_seal
 from lit_align.models.sharding import is_sharded
 
 
@@ -26,6 +28,7 @@ def export(
     stop_ids: Sequence[int] = (),
     adapter: bool = False,
     card: str | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save weights (adapters merged), configuration, generation configuration, tokenizer and chat template.
 
@@ -39,6 +42,7 @@ def export(
         stop_ids: tokens that end an answer, beside those that the model and the tokenizer name.
         adapter: save the adapter alone, in peft's format, in place of weights and configuration.
         card: the README.md of the folder.
+        told: what else `lit_align.json` of the folder says, beside the checksums of its files.
 
     Raises:
         OSError: the folder cannot be written, the disk being full for one; an earlier export is left as it was.
@@ -64,6 +68,7 @@ def export(
                 tokenizer.save_pretrained(partial)
         if card is not None:
             (partial / "README.md").write_text(card)
+        write_seal(partial, told)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         number = getattr(error, "errno", None) or errno.EIO

@@ -70,13 +70,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Each process takes its slices; weights that are in no checkpoint stay as they were loaded."""
         path = self.broadcast(checkpoint_path)
         checkpoint = self.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
-        set_model_state_dict(
-            self._module, checkpoint["state_dict"], options=StateDictOptions(full_state_dict=True, strict=False)
-        )
+        self.load_weights(checkpoint["state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):  # none to evaluate
             named = _renamed(state, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self._module, optimizer, named, options=StateDictOptions(full_state_dict=True))
         return checkpoint
+
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take the slices of whole weights; those that are not among them stay."""
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        set_model_state_dict(self._module, state, options=options)
 
     @property
     def _module(self) -> torch.nn.Module:

@@ -102,6 +102,7 @@ def test_what_is_asked_for_is_done(command: Callable[..., None], tmp_path: Path)
     assert {path.name for path in (tmp_path / "best" / "checkpoints").iterdir()} == {
         "step=8.ckpt",
         "step=12.ckpt",
+        "best.ckpt",
         "last.ckpt",
     }
     with pytest.raises(RuntimeError, match="stopped"):
