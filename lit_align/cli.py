@@ -22,7 +22,7 @@ LIGHTNING = ("fit", "validate", "test", "predict", "doctor")
 _ELSEWHERE = {
     "AlignCLI": "lightning_cli",
     "DoctorCLI": "lightning_cli",
-    "FullNamesParser": "lightning_cli",
+    "FullNamesParser": "parser",
 }
 
 USAGE = """usage: lit-align COMMAND [options]

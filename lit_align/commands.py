@@ -139,12 +139,11 @@ def _command(kind: str, file: Path, further: list[str]) -> None:
 
 def _step(file: Path, folder: Path) -> dict[str, float]:
     """Instantiate the class of a `call` stage and run it."""
-    from jsonargparse import ArgumentParser
-
     from lit_align import named_code
+    from lit_align.parser import FullNamesParser
     from lit_align.pipeline import Step
 
-    parser = ArgumentParser(exit_on_error=False)
+    parser = FullNamesParser(exit_on_error=False)
     parser.add_argument("--step", type=Step)
     named_code.restrict()
     try:

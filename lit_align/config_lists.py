@@ -27,9 +27,9 @@ def replace_lists(words: list[str]) -> list[str]:
     earlier: dict[tuple[str, ...], type] = {}
     replaced: list[str] = []
     for key, value, given in _arguments(words):
-        for path, dotted, kind in _containers(key, value):
-            before = earlier.get(path)
-            if before is not None and list in (before, kind):
+        for path, dotted, kind in _values(key, value):
+            # A text, or the keys of one item, may be short for a list.
+            if path in earlier and list in (earlier[path], kind):
                 replaced.append(f"--{dotted}=[]")
                 earlier = {other: held for other, held in earlier.items() if other[: len(path)] != path}
             earlier[path] = kind
@@ -58,15 +58,15 @@ def _arguments(words: list[str]) -> Iterator[tuple[str, Any, list[str]]]:
             yield "", None, given
 
 
-def _containers(key: str, value: Any) -> Iterator[tuple[tuple[str, ...], str, type]]:
-    """Lists, and mappings around them, as path without `init_args`, dotted key, and kind."""
+def _values(key: str, value: Any) -> Iterator[tuple[tuple[str, ...], str, type]]:
+    """Every value that is not inside a list, as path without `init_args`, dotted key, and type."""
     if key in _IN_FILES and isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
         value = _file_or_content(value)
-    if isinstance(value, (list, dict)) and key and not key.endswith("+"):
+    if key and not key.endswith("+"):
         yield tuple(part for part in key.split(".") if part != "init_args"), key, type(value)
     if isinstance(value, dict):
         for name, item in value.items():
-            yield from _containers(f"{key}.{name}" if key else str(name), item)
+            yield from _values(f"{key}.{name}" if key else str(name), item)
 
 
 def _file_or_content(text: str) -> Any:

@@ -39,14 +39,8 @@ from lit_align.config_error import ConfigError, explain
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
 from lit_align.doctor import examine
+from lit_align.parser import FullNamesParser
 from lit_align.run_folder import free_folder, requeued_folder, resumed_folder
-
-
-class FullNamesParser(LightningArgumentParser):
-    """Takes no abbreviated keys, at any depth: they would be misspelt ones that work."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
 
 class AlignCLI(LightningCLI):

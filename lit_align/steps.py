@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_align.data.rows import Tally
-from lit_align.data.source import Source
+from lit_align.data.source import Source, as_sources
 from lit_align.models.scratch import bpe_tokenizer, write_seed_model
 
 
@@ -38,7 +38,7 @@ class ScratchModel:
         max_positions: int = 1024,
         init_std: float = 0.03,
     ) -> None:
-        self.texts = texts
+        self.texts = as_sources(texts) or []
         self.vocab_size = vocab_size
         self.shape: dict[str, Any] = {
             "hidden_size": hidden_size,

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_align.callbacks.chosen import chosen, wanted
 from lit_align.data.answers import AnswerDataModule
 from lit_align.data.base import TextDataModule
-from lit_align.data.source import Source
+from lit_align.data.source import Source, as_sources
 from lit_align.modules.reward import RewardModule
 
 
@@ -30,7 +30,7 @@ class NormalizeReward(Callback):
     """
 
     def __init__(self, sources: list[Source], batch_size: int = 16) -> None:
-        self.sources = sources
+        self.sources = as_sources(sources) or []
         self.batch_size = batch_size
         self.scale: tuple[float, float] | None = None
 

@@ -20,7 +20,7 @@ from lit_align.data.loader import Loader, Position, evaluation_batches
 from lit_align.data.mixture import Timeline, check_resumed, order_of, report
 from lit_align.data.order import Order, Ref, hold_out
 from lit_align.data.rows import Row, Tally
-from lit_align.data.source import OnBadRow, Source, expand, labels
+from lit_align.data.source import OnBadRow, Source, as_sources, expand, labels
 from lit_align.data.store import Item, Store, build, items_folder, tokenizer_key
 from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins
 from lit_align.types import Example, PackedBatch
@@ -89,8 +89,9 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"micro_batch_tokens must be at least 2, or null, got {micro_batch_tokens}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
-        self.tokenizer_name, self.trust_remote_code, self.revision = tokenizer, trust_remote_code, revision
-        self.sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.tokenizer_name, self.trust_remote_code, self.revision = str(tokenizer), trust_remote_code, revision
+        sources = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources = {part: as_sources(given) for part, given in sources.items()}
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lit_align.data.files import expand, open_files, read_bytes, read_rows
 from lit_align.data.formats import FORMATS, recognise
@@ -51,6 +52,8 @@ class Source:
     label: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.path, os.PathLike):  # from Python
+            self.path = os.fspath(self.path)
         if sum(given is not None for given in (self.path, self.hub, self.rows)) != 1:
             raise ValueError("a source needs exactly one of path (a file), hub (a data set's name) and rows (a class)")
         if self.format != "auto" and self.format not in FORMATS:
@@ -165,6 +168,59 @@ class Source:
         return digest.hexdigest()
 
 
+# Endings of the files that `read_rows` reads, and of what packs them.
+_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
+def keys_of(text: str) -> dict[str, str]:
+    """The keys of a source that is given as a text alone: `path` for a file, `hub` for a name on the hub.
+
+    A text is a path if such a file or folder exists, or if it looks like one: its ending, a wildcard, a `./`, `/`, `~`,
+    `$` or protocol, or a first folder that exists. Otherwise `owner/name` is a data set on the hub.
+
+    Raises:
+        ValueError: neither of them; says what to write.
+    """
+    first = text.partition("/")[0]
+    is_path = (
+        text.startswith((".", "/", "~", "$"))
+        or text.lower().endswith(_FILES)
+        or any(mark in text for mark in ("*", "?", "::", "://"))
+        or os.path.exists(text)
+        or os.path.isdir(first)
+    )
+    if is_path:
+        return {"path": text}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        return {"hub": text}
+    raise ValueError(
+        f"{text!r} is neither a file nor a data set of the hub (owner/name): write {{path: FILE}} or {{hub: NAME}}"
+    )
+
+
+def as_source(given: Source | str | os.PathLike[str]) -> Source:
+    """A source from its options, or from a file's or data set's name alone.
+
+    Raises:
+        TypeError: neither of them.
+        ValueError: a text that is neither a file nor a name; see `keys_of`.
+    """
+    if isinstance(given, Source):
+        return given
+    if isinstance(given, str):
+        return Source(**keys_of(given))  # type: ignore[arg-type]
+    if not isinstance(given, os.PathLike):
+        raise TypeError(f"expected a Source, or the name of a file or data set, got {given!r:.80}")
+    return Source(os.fspath(given))
+
+
+def as_sources(given: Any) -> list[Source] | None:
+    """Sources from a list of them, or from one alone; see `as_source`. None stays None."""
+    if given is None:
+        return None
+    return [as_source(one) for one in (given if isinstance(given, (list, tuple)) else [given])]
+
+
 def labels(sources: Sequence[Source]) -> list[str]:
     """A short name for each source, no two alike: the second `train` is `train-2`."""
     names: list[str] = []
@@ -194,4 +250,4 @@ def _hub_fingerprint(name: str | None, subset: str | None, split: str) -> str:
     return str(_load_hub(name, subset, split)._fingerprint)
 
 
-__all__ = ["OnBadRow", "Source", "expand", "labels"]
+__all__ = ["OnBadRow", "Source", "as_source", "as_sources", "expand", "keys_of", "labels"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,5 +70,19 @@ class Network:
     shared: bool = False
 
     def __post_init__(self) -> None:
+        self.name = os.fspath(self.name)  # a Path, from Python
         if self.weights == "random" and self.lora is not None and self.lora.export == "adapter":
             raise ValueError("lora.export: an adapter is nothing without the random weights that it was trained on")
+
+
+def as_network(given: Network | str | os.PathLike[str]) -> Network:
+    """A network from its options, or from its name or folder alone.
+
+    Raises:
+        TypeError: neither of them.
+    """
+    if isinstance(given, Network):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise TypeError(f"expected a Network, or the name or folder of a model, got {given!r:.80}")
+    return Network(os.fspath(given))

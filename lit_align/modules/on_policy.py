@@ -14,10 +14,10 @@ from lit_align.functional.packing import best_fit_decreasing, pack, split_bins
 from lit_align.functional.ppo import off_policy_drift
 from lit_align.functional.sft import sft_loss
 from lit_align.models.language import TokenScores
-from lit_align.models.network import Network
+from lit_align.models.network import Network, as_network
 from lit_align.modules.options import check_on_policy
 from lit_align.modules.policy import PolicyModule
-from lit_align.rewards import Reward
+from lit_align.rewards import Reward, as_reward
 from lit_align.types import PackedBatch, PromptBatch, Rollout
 
 
@@ -73,9 +73,9 @@ class OnPolicyModule(PolicyModule):
     ) -> None:
         super().__init__(network, **options)
         self.automatic_optimization = False
-        self.reward = reward
-        self.monitors: Any = nn.ModuleDict(monitors or {})
-        self.reference_network = reference
+        self.reward = as_reward(reward)
+        self.monitors: Any = nn.ModuleDict({name: as_reward(one) for name, one in (monitors or {}).items()})
+        self.reference_network = None if reference is None else as_network(reference)
         self.epochs, self.mini_batches, self.micro_batch_size = epochs, mini_batches, micro_batch_size
         self.micro_batch_tokens = micro_batch_tokens
         self.max_grad_norm, self.ptx_coef = max_grad_norm, ptx_coef

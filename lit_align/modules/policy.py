@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.models.language import LanguageModel
 from lit_align.models.load import load_causal_lm, load_tokenizer
 from lit_align.models.lora import adapters_off, has_lora, without_dropout
-from lit_align.models.network import Network
+from lit_align.models.network import Network, as_network
 from lit_align.modules.base import AlignModule
 from lit_align.modules.memory import memory_for
 from lit_align.rollout import Engine, Sampling, TransformersEngine, as_rollout, stop_tokens
@@ -42,7 +42,7 @@ class PolicyModule(AlignModule):
         **base: Any,
     ) -> None:
         super().__init__(**base)
-        self.network = network
+        self.network = as_network(network)
         self.sampling = sampling or Sampling()
         self.seed = seed
         self.engine: Engine = engine or TransformersEngine()

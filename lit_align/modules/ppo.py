@@ -22,7 +22,7 @@ from lit_align.functional.ppo import (
     ppo_value_loss,
 )
 from lit_align.models.language import TokenScores
-from lit_align.models.network import Network
+from lit_align.models.network import Network, as_network
 from lit_align.models.roles import load_role, trained_apart
 from lit_align.models.scalar import Scorer, ValueHead
 from lit_align.modules.on_policy import Experience, OnPolicyModule
@@ -111,7 +111,7 @@ class PPOModule(OnPolicyModule):
         **options: Any,
     ) -> None:
         super().__init__(network, reward, **options)
-        self.value_network, self.advantage = value, advantage
+        self.value_network, self.advantage = None if value is None else as_network(value), advantage
         self.clip, self.clip_high, self.dual_clip, self.aggregation = clip, clip_high, dual_clip, aggregation
         self.value_clip, self.value_coef, self.value_lr = value_clip, value_coef, value_lr
         self.value_warmup, self.discount, self.lambda_ = value_warmup, discount, lambda_

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from lit_align.cache import cache_folder, can_keep
 from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.models.lora import has_lora
-from lit_align.models.network import Network
+from lit_align.models.network import Network, as_network
 from lit_align.models.reference import ReferenceTable, fingerprint
 from lit_align.modules.policy import PolicyModule
 from lit_align.types import PackedBatch, PreferenceBatch
@@ -37,7 +37,7 @@ class ReferencedModule(PolicyModule):
         self, network: Network, reference: Network | None = None, cache_reference: bool = False, **options: Any
     ) -> None:
         super().__init__(network, **options)
-        self.reference_network = reference
+        self.reference_network = None if reference is None else as_network(reference)
         self.cache_reference = cache_reference
         self.reference_table: ReferenceTable | None = None
 

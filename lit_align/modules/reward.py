@@ -19,7 +19,7 @@ from lit_align.functional.reward import (
     tied_pairs,
 )
 from lit_align.models.load import load_scorer
-from lit_align.models.network import Network
+from lit_align.models.network import Network, as_network
 from lit_align.models.scalar import ScalarModel
 from lit_align.modules.base import AlignModule
 from lit_align.modules.metrics import PairAccuracy, hits
@@ -59,7 +59,7 @@ class RewardModule(AlignModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.network = network
+        self.network = as_network(network)
         self.loss_name = loss
         self.label_smoothing = label_smoothing
         self.centering = centering

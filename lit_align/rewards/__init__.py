@@ -4,6 +4,7 @@ from lit_align.rewards.base import Reward
 from lit_align.rewards.combine import CombinedReward, EnsembleReward, SumReward
 from lit_align.rewards.endpoint import EndpointReward
 from lit_align.rewards.function import FunctionReward
+from lit_align.rewards.given import as_reward, reward_spec
 from lit_align.rewards.model import ModelReward
 from lit_align.rewards.verifiers import FormatReward, LengthReward, NumericAnswer, RegexReward, TextReward
 
@@ -20,4 +21,6 @@ __all__ = [
     "Reward",
     "SumReward",
     "TextReward",
+    "as_reward",
+    "reward_spec",
 ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.functional.ensemble import mean_score, uncertainty_weighted_score, worst_case_score
 from lit_align.rewards.base import Reward
+from lit_align.rewards.given import as_reward
 from lit_align.types import Rollout
 
 
@@ -25,6 +26,7 @@ class CombinedReward(Reward):
 
     def __init__(self, rewards: list[Reward], names: list[str] | None = None) -> None:
         super().__init__()
+        rewards = [as_reward(reward) for reward in rewards]
         if not rewards:
             raise ValueError(f"{type(self).__name__} has 0 rewards")
         names = _numbered([reward.label for reward in rewards]) if names is None else names

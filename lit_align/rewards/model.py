@@ -12,7 +12,7 @@ from lit_align.functional.packing import pack
 from lit_align.models.language import LanguageModel
 from lit_align.models.load import load_scorer, load_tokenizer
 from lit_align.models.lora import has_lora
-from lit_align.models.network import Network
+from lit_align.models.network import Network, as_network
 from lit_align.models.roles import ScalarAdapter
 from lit_align.models.scalar import ScalarModel, Scorer
 from lit_align.rewards.base import Reward
@@ -32,7 +32,7 @@ class ModelReward(Reward):
 
     def __init__(self, network: Network, batch_size: int = 64) -> None:
         super().__init__()
-        self.network = network
+        self.network = as_network(network)
         self.batch_size = batch_size
         self.model: Scorer | None = None
         self.encoder: ChatEncoder | None = None
