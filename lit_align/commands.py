@@ -12,6 +12,7 @@ import yaml
 
 import lit_align
 from lit_align.config_error import ConfigError, explain
+from lit_align.own_modules import importable
 
 
 def experiments() -> Path:
@@ -62,7 +63,8 @@ def sweep(args: list[str]) -> dict[str, Any]:
     from lit_align.sweep import Sweep, table
 
     run = Sweep(told.file, told.out, told.count)
-    result = run.run(main)
+    with importable([run.file]):
+        result = run.run(main)
     page = _report(run.out)
     print(f"{table(result)}\nfigures in {run.out / 'sweep.json'}, page in {page}")
     return result
@@ -115,7 +117,8 @@ def _run(told: argparse.Namespace, file: str | Path) -> dict[str, float]:
     from lit_align.pipeline import Pipeline  # imports torch, which help can do without
 
     run = Pipeline(file, told.out, told.seed, told.quick, overrides)
-    summary = run.run(_command, _step)
+    with importable([run.file, *(stage.file for stage in run.stages)]):
+        summary = run.run(_command, _step)
     path = _report(run.out)
     print(f"{summary['seconds']:.0f} s in all; figures in {run.out / 'summary.json'}, page in {path}")
     return summary

@@ -36,9 +36,11 @@ from lit_align.callbacks import (
 from lit_align.callbacks.checkpoint import BEST
 from lit_align.callbacks.chosen import Which
 from lit_align.config_error import ConfigError, explain
+from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
 from lit_align.doctor import examine
+from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
 from lit_align.run_folder import free_folder, requeued_folder, resumed_folder
 
@@ -177,7 +179,7 @@ def run_lightning(args: list[str]) -> AlignCLI:
     cli: type[AlignCLI] = AlignCLI
     if args[0] == "doctor":
         cli, args = DoctorCLI, ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
-    with _quiet_start(), _own_wandb_run():
+    with _quiet_start(), _own_wandb_run(), importable(config_files(args)):
         return _lightning(args, cli)
 
 
