@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lit_align.models.load import _quiet
-from lit_align.models.lora import has_lora, merged_state_dict
+from lit_align.models.lora import has_lora
+from lit_align.models.merge import merged_model, merged_state_dict
 from lit_align.models.roles import adapter_file, save_adapter
 from lit_align.models.seal import write_seal
 from lit_align.models.sharding import is_sharded
@@ -83,11 +84,7 @@ def _save_whole(model: PreTrainedModel, state: dict[str, Tensor] | None, folder:
     if state is None:
         model.save_pretrained(folder)
         return
-    plain = type(model)._from_config(model.config, dtype=model.dtype)
-    plain.load_state_dict(state, strict=True)
-    if model.can_generate():
-        plain.generation_config = model.generation_config
-    plain.save_pretrained(folder)
+    merged_model(model, state).save_pretrained(folder)
 
 
 def _replace(partial: Path, folder: Path) -> None:

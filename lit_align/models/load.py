@@ -144,6 +144,7 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
             )
             missing = check_fit(network.name, model, info, scalar=bool(config_options))
             check_values(network.name, {key: w for key, w in model.state_dict().items() if key not in missing})
+    choose_experts(model)
     if network.attention is None:
         attend_by_tree(model)
     turn_without_copies(model)
@@ -160,6 +161,12 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
     if network.compile:
         compile_for_trees(model)
     return model, missing
+
+
+def choose_experts(model: PreTrainedModel) -> None:
+    """Compute the experts of a mixture one by one in float64, for which torch has no grouped product."""
+    if model.dtype == torch.float64 and model.get_experts_implementation()[""] == "grouped_mm":
+        model.set_experts_implementation("eager")
 
 
 def _set_dropout(config: PreTrainedConfig, rate: float) -> None:

@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_align.models.lora_targets import resolve_targets
 from lit_align.models.network import Lora
-from lit_align.models.sharding import is_sharded, whole
 
 ADAPTER = "lit_align"
 
@@ -33,29 +32,26 @@ def add_lora(model: PreTrainedModel, lora: Lora, name: str = ADAPTER) -> None:
         lora: rank, scale and place.
         name: of these adapters.
     """
-    head = getattr(model, "score", None) or model.get_output_embeddings()
-    layers = {
-        path.removesuffix(".base_layer").rpartition(".")[-1]: module
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in path
-    }
+    modules, parameters = resolve_targets(model, lora.targets)
+    if parameters and lora.dropout:
+        raise ValueError(f"lora.dropout: {lora.dropout} does not reach {parameters[0]}: set it to 0")
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=sorted(layers) if lora.targets == ["all-linear"] else lora.targets,
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in layers.values()),
+        target_modules=modules,
+        target_parameters=parameters or None,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     add_adapter(model, config, name)
     if getattr(model, "score", None) is not None:
-        head.requires_grad_(True)
+        model.score.requires_grad_(True)
 
 
 def add_adapter(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
     """Inject adapters, of which the first to come stays the one in use."""
     others = [(p, p.requires_grad) for p in model.parameters()] if has_lora(model) else []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # which is what is wanted
+    with peft_warnings_off():
         model.add_adapter(config, adapter_name=name)
     if others:
         model.set_adapter(ADAPTER)
@@ -63,6 +59,17 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
             parameter.requires_grad_(True)
         for parameter, trained in others:
             parameter.requires_grad_(trained)
+
+
+@contextlib.contextmanager
+def peft_warnings_off() -> Iterator[None]:
+    """Without peft's warnings about what is handled here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several roles have adapters
+        # Tied embeddings that adapters make differ are exported untied.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # peft mends it layer by layer
+        yield
 
 
 def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
@@ -74,6 +81,16 @@ def adapter_role(name: str) -> str | None:
     """Whose adapter a parameter of this name belongs to; None for the model's own, and for what is no adapter."""
     role = re.search(r"\.lora_\w+\.(\w+)", name)
     return role[1] if role is not None and role[1] != ADAPTER else None
+
+
+def is_adapter_weight(name: str) -> bool:
+    """Whether a weight of this name belongs to an adapter, whoever's it is, and not to the model below."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight has in the model without adapters."""
+    return re.sub(rf"\.(base_layer|original_module|modules_to_save\.{ADAPTER})(?=\.)", "", name)
 
 
 def has_lora(model: nn.Module) -> bool:
@@ -128,34 +145,3 @@ def same_adapters(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
         return contextlib.nullcontext(), _using(model, None if layer.disable_adapters else layer.active_adapters)
 
     return contexts
-
-
-def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights with every adapter folded in, under the names that the model has without adapters.
-
-    Nothing is merged in place: adding an update to a weight and subtracting it again does not give the weight back.
-
-    Returns:
-        By name; of a model in slices whole weights, on the CPU of the first process, and nothing on the others.
-    """
-    adapted = {
-        f"{name}.weight": layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer) and ADAPTER in layer.lora_A  # type: ignore[attr-defined]
-    }
-    sliced, state = is_sharded(model), {}
-    for name, weight in model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        name = name.replace(".base_layer.", ".")
-        weight = weight.detach()
-        if name in adapted:
-            update: Tensor = adapted[name].get_delta_weight(ADAPTER)  # type: ignore[attr-defined]
-            weight = weight + update.to(weight)
-        if sliced:
-            weight = whole(weight)  # one at a time: together they may not fit
-            if torch.distributed.get_rank():
-                continue
-            weight = weight.cpu()
-        state[name] = weight
-    return state

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_align.disk import replacing
+from lit_align.models.lora import is_adapter_weight, plain_name
 from lit_align.models.sharding import whole
 
 
@@ -85,9 +86,9 @@ def fingerprint(model: nn.Module) -> str:
     """A hash of a model's weights and their names, adapters left out: what the model is when they are off."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if ".lora_" in name:
+        if is_adapter_weight(name):
             continue
-        name = name.replace(".base_layer.", ".")  # peft's name for the layer below an adapter
+        name = plain_name(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(whole(tensor)))
     return digest.hexdigest()

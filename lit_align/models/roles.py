@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, set_peft_model_state_dict
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from lit_align.models.lora import (
     add_adapter,
     add_lora,
     has_lora,
+    is_adapter_weight,
     without_dropout,
 )
 from lit_align.models.network import Network
@@ -189,11 +191,11 @@ def adapter_file(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     Returns:
         Whole weights on the CPU; and the fingerprint of what is frozen below them, with a reward's mean and deviation.
     """
-    state = {
-        PREFIX + name.replace(f".{ADAPTER}.", "."): whole(weight.detach()).cpu().contiguous()
-        for name, weight in model.state_dict().items()
-        if f".{ADAPTER}." in name
-    }
+    own = {n: w for n, w in model.state_dict().items() if is_adapter_weight(n) and ADAPTER in n.split(".")}
+    own = {name: whole(weight.detach()).cpu() for name, weight in own.items()}
+    # The embeddings below an adapter are the base model's, which its folder holds.
+    kept = get_peft_model_state_dict(model, own, ADAPTER, save_embedding_layers=False)
+    state = {PREFIX + name: weight.clone(memory_format=torch.contiguous_format) for name, weight in kept.items()}
     told = {"format": "pt", _frozen_key(model): fingerprint(model.base_model)}
     if not model.can_generate():
         state[f"{PREFIX}score.weight"] = whole(model.score.weight.detach()).cpu()
@@ -211,12 +213,12 @@ def save_adapter(model: Any, folder: Path, file: tuple[dict[str, Tensor], dict[s
     """
     state, told = file or adapter_file(model)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "task_type": "CAUSAL_LM"}
+    settings = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "task_type": "CAUSAL_LM"}
+    # peft holds names in sets: they have no place in JSON, and another order in every process.
+    config = {key: sorted(value) or None if isinstance(value, set) else value for key, value in settings.items()}
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     else:
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    # The names come out of a set, in another order in every process.
-    config["target_modules"] = sorted(config["target_modules"])
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": [*(config["modules_to_save"] or ()), "score"]}
     save_file(state, folder / WEIGHTS, metadata=told)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_align.models.language import LanguageModel
-from lit_align.models.lora import merged_state_dict
+from lit_align.models.merge import merged_state_dict
 from lit_align.rollout.engine import Sampling
 from lit_align.types import Completion
 
