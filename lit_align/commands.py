@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 import lit_align
+from lit_align import limits
 from lit_align.config_error import ConfigError, explain
 from lit_align.own_modules import importable
 
@@ -150,7 +149,7 @@ def _step(file: Path, folder: Path) -> dict[str, float]:
     parser.add_argument("--step", type=Step)
     named_code.restrict()
     try:
-        config = parser.parse_object({"step": yaml.safe_load(file.read_text())})
+        config = parser.parse_object({"step": limits.load_yaml(limits.read_text(file), file)})
         named_code.check(config)
         step: Step = parser.instantiate(config).step
     except (TypeError, ValueError, argparse.ArgumentError) as error:

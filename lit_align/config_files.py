@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from lit_align import limits
 from lit_align.config_error import ConfigError
 
 
@@ -33,27 +34,31 @@ def check_files(words: list[str]) -> None:
     for file in files:
         if file.is_file():
             check_syntax(file)
+        elif found := limits.kind(file):
+            raise ConfigError(f"config: Expected a file, got {found}: {file}")
         elif not _is_content(str(file)):
-            problem = "Expected a file, got a folder" if file.is_dir() else "File does not exist"
-            raise ConfigError(f"config: {problem}: {file}")
+            raise ConfigError(f"config: File does not exist: {file}")
+    for word in words:
+        for line in limits.no_files(word.partition("=")[2] or word, word.partition("=")[0]):
+            raise ConfigError(line)
 
 
 def _is_content(text: str) -> bool:
     """Whether `-c` is followed by YAML itself, which jsonargparse takes as well as a file."""
     try:
-        return isinstance(yaml.safe_load(text), dict)
+        return isinstance(limits.load_yaml(text, "config"), dict)
     except yaml.YAMLError:
         return False
 
 
 def check_syntax(file: Path) -> None:
-    """Refuse a file that is not a YAML mapping.
+    """Refuse a file that is not a YAML mapping, or that names a pipe or a device where files are read.
 
     Raises:
         ConfigError: names the file and the line.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = limits.load_yaml(limits.read_text(file), file)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -62,3 +67,5 @@ def check_syntax(file: Path) -> None:
     if not isinstance(content, dict):
         held = "nothing" if content is None else type(content).__name__
         raise ConfigError(f"{file} holds {held}, expected a mapping with the keys of a configuration")
+    for line in limits.no_files(content):
+        raise ConfigError(f"{file}: {line}")

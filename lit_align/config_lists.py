@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from lit_align import limits
+
 # Keys whose value may be the name of a file that holds it.
 _IN_FILES = ("model", "data", "trainer", "checkpoint")
 
@@ -70,11 +72,11 @@ def _values(key: str, value: Any) -> Iterator[tuple[tuple[str, ...], str, type]]
 
 
 def _file_or_content(text: str) -> Any:
-    return _content(Path(text).read_text()) if Path(text).is_file() else _content(text)
+    return _content(limits.read_text(text)) if Path(text).is_file() else _content(text)
 
 
 def _content(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return limits.load_yaml(text, "a value of the command line")
     except yaml.YAMLError:  # jsonargparse says what is wrong with it
         return None

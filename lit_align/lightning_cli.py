@@ -97,6 +97,8 @@ class AlignCLI(LightningCLI):
         if config.get("ckpt_path") == "best" and self.subcommand == "fit":
             config.ckpt_path = str(Path(config.out) / "checkpoints" / BEST)
         config.out = str(out)
+        if (pattern := config.checkpoint.filename) and (".." in Path(pattern).parts or Path(pattern).is_absolute()):
+            raise ConfigError(f"checkpoint.filename: {pattern!r} leads out of the run's folder: give a name in it")
         config.checkpoint.dirpath = str(out / "checkpoints")
         config.trainer.default_root_dir = str(out)
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
+from lit_align import limits
 from lit_align.config_error import ConfigError
 
 
@@ -22,6 +23,19 @@ def restrict() -> None:
     """Refuse modules that run commands or touch files (os, subprocess, ...), and build nothing without a type."""
     # An empty list adds no entry: it turns jsonargparse's own list from a warning into an error, as 5.0 will.
     set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
+    if get_loader("yaml") is not _load:
+        _LOADERS.append(get_loader("yaml"))
+        set_loader("yaml", _load)
+
+
+_LOADERS: list[Callable[[str], Any]] = []  # jsonargparse's own
+
+
+def _load(text: str) -> Any:
+    """Jsonargparse's YAML of files and values, within the limits of `limits.py`."""
+    if len(text) > 200 or "*" in text:  # what is shorter can do no harm
+        limits.check_yaml(text, "a value")
+    return _LOADERS[0](text)
 
 
 def check(config: Any, key: str = "") -> None:

@@ -26,13 +26,17 @@ from typing import Any, Protocol
 
 import yaml
 
+from lit_align import limits
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.disk import write_whole
+from lit_align.names import check_folder, check_name
 from lit_align.rounds import Slot, unroll
 
 KINDS = ("fit", "predict", "call")
 DONE = "done.json"
+# What lies beside the folders of stages.
+TAKEN = ("replaced", "summary.json", "manifest.json", "sweep.json", "report.html")
 
 
 class Step(Protocol):
@@ -103,7 +107,7 @@ class Pipeline:
         shrunken = content.get("quick") or {}
         if not isinstance(shrunken, dict) or not all(isinstance(keys, dict) for keys in shrunken.values()):
             raise ValueError(f"{self.file}: quick must be a mapping of stages to dotted keys and their values")
-        self.root = content["root"].rstrip("/")
+        self.root = check_folder(content["root"], f"{self.file}: root").rstrip("/")
         self.out = Path(out) if out is not None else Path(self.root)
         self.seed = seed
         self.overrides = dict(overrides or {})
@@ -111,6 +115,8 @@ class Pipeline:
             self.overrides = {**_flat(shrunken), **self.overrides}
         try:
             slots = unroll(content["stages"])
+            for slot in slots:
+                check_name(slot.name, "the stage", TAKEN)
         except ValueError as error:
             raise ValueError(f"{self.file}: {error}") from error
         for key in self.overrides:
@@ -138,6 +144,8 @@ class Pipeline:
         parents: set[str] = set()
         config = self._fill(config, parents)
         for key, dotted, value in slot.overrides(self.overrides):
+            if kind != "call" and dotted.partition(".")[0] == "out":
+                raise ValueError(f"{self.file}: override {key!r}: a stage writes into its own folder; give --out")
             _set(config, dotted, self._fill(value, parents), f"{self.file}: override {key!r}")
         return Stage(name, kind, config, sorted(parents - {name}), self.file.parent / file, slot.round)
 
@@ -160,7 +168,10 @@ class Pipeline:
         if isinstance(value, list):
             return [self._fill(item, parents) for item in value]
         if isinstance(value, str) and value.startswith(f"{self.root}/"):
-            parents.add(value[len(self.root) + 1 :].split("/")[0])
+            inside = value[len(self.root) + 1 :].split("/")
+            if ".." in inside:
+                raise ValueError(f"{self.file}: {value!r} leads out of a stage's folder: take `..` out of it")
+            parents.add(inside[0])
         return value
 
     def _moved(self, value: Any) -> Any:
@@ -264,12 +275,14 @@ def load_yaml(file: Path) -> dict[str, Any]:
         ValueError: it holds something else, or cannot be read; names the file.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = limits.load_yaml(limits.read_text(file), file)
     except (OSError, yaml.YAMLError) as error:
         reason = str(error).replace("\n", " ")
         raise ValueError(f"cannot read {file}: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds {type(content).__name__}, expected a mapping")
+    for line in limits.no_files(content):
+        raise ValueError(f"{file}: {line}")
     return content
 
 

@@ -22,6 +22,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_align.names import check_name
+
+MAX_ROUNDS = 1_000
+
 
 @dataclass
 class Slot:
@@ -68,16 +72,18 @@ def unroll(stages: Mapping[str, Any]) -> list[Slot]:
     """Every stage in its order, those of loops round after round.
 
     Raises:
-        ValueError: a loop that is none, or two stages of one name; names it.
+        ValueError: a loop that is none, a name that is no folder's, or two stages of one name; names it.
     """
     slots: list[Slot] = []
     for name, told in stages.items():
+        check_name(name, "the stage")
         if not (isinstance(told, dict) and "rounds" in told):
             slots.append(Slot(name, told))
             continue
         inside, again = _checked(name, told)
         for number in range(1, told["rounds"] + 1):
             for inner, of_stage in inside.items():
+                check_name(inner, f"loop {name!r}: the stage")
                 mine = {key.removeprefix(f"{inner}."): value for key, value in again.items() if _of(key) == inner}
                 later = _numbered(mine, number) if number > 1 else {}
                 slots.append(Slot(f"{name}_{number}_{inner}", of_stage, name, inner, number, later))
@@ -92,8 +98,8 @@ def _checked(name: str, told: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
     if unknown := set(told) - {"rounds", "stages", "again"}:
         raise ValueError(f"loop {name!r} has an unknown key {min(unknown)!r}; it has rounds, stages and again")
     rounds, stages, again = told["rounds"], told.get("stages"), told.get("again") or {}
-    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-        raise ValueError(f"loop {name!r} has {rounds!r} rounds, expected a number from 1")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or not 1 <= rounds <= MAX_ROUNDS:
+        raise ValueError(f"loop {name!r} has {rounds!r} rounds, expected a number from 1 to {MAX_ROUNDS:,}")
     if not isinstance(stages, dict) or not stages:
         raise ValueError(f"loop {name!r} needs stages (a mapping)")
     if not isinstance(again, dict):

@@ -28,6 +28,7 @@ from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.config_files import config_files
 from lit_align.disk import write_whole
+from lit_align.names import check_name
 from lit_align.pipeline import DONE, load_yaml, read_json, set_aside, write_json
 
 # The keys of W&B's schema; what is not named in this file is for W&B alone.
@@ -35,6 +36,8 @@ _KEYS = {
     "name", "method", "metric", "parameters", "command", "run_cap", "early_terminate",
     "program", "project", "entity", "description",
 }  # fmt: skip
+# More runs than anyone has time for: a grid of so many is a mistake.
+MAX_POINTS = 10_000
 # What may stand before `lit-align` in a command.
 _LAUNCHERS = ("${env}", "${interpreter}", "/usr/bin/env", "python", "python3", "-m")
 
@@ -90,7 +93,10 @@ class Sweep:
         self.told = load_yaml(self.file)
         if unknown := sorted(map(str, set(self.told) - _KEYS)):
             raise self._wrong(unknown[0], f"is no key of a sweep; keys are {', '.join(sorted(_KEYS))}")
-        self.name = str(self.told.get("name", self.file.stem))
+        try:
+            self.name = check_name(self.told.get("name", self.file.stem), "name")
+        except ValueError as error:
+            raise ValueError(f"{self.file}: {error}; it names the folder in runs/sweeps") from error
         self.out = Path(out) if out is not None else Path("runs/sweeps") / self.name
         self.metric, self.goal = self._metric()
         self.method = self.told.get("method")
@@ -105,11 +111,20 @@ class Sweep:
         for key, told in parameters.items():
             self.parameters[str(key)] = self._parameter(f"parameters.{key}", told)
         self.count = self.told.get("run_cap") if count is None else count
-        if self.count is not None and (not isinstance(self.count, int) or self.count < 1):
-            raise self._wrong("run_cap", f"is {self.count!r}, expected a number of points, 1 or more")
+        if self.count is not None and (type(self.count) is not int or not 1 <= self.count <= MAX_POINTS):
+            raise self._wrong("run_cap", f"is {self.count!r}, expected a number of points, 1 to {MAX_POINTS:,}")
         if self.method == "random" and self.count is None:
             raise self._wrong("run_cap", "is missing: random points have no end; give it, or --count")
+        self._check_size()
         self.points = list(itertools.islice(self._points(), self.count))
+
+    def _check_size(self) -> None:
+        """Count the points of a grid before any of them is built."""
+        total = math.prod(len(told.get("values", ())) for told in self.parameters.values())
+        if self.method == "grid" and self.count is None and total > MAX_POINTS:
+            raise self._wrong(
+                "parameters", f"have {total:,} points, more than {MAX_POINTS:,}: list fewer values, or give run_cap"
+            )
 
     def _wrong(self, key: str, problem: str) -> ValueError:
         return ValueError(f"{self.file}: {key} {problem}")
@@ -151,6 +166,8 @@ class Sweep:
             weights = told.get("probabilities")
             if weights is not None and (not isinstance(weights, list) or len(weights) != len(values)):
                 raise self._wrong(f"{key}.probabilities", f"must be a list of {len(values)}, one for each value")
+            if self.method == "grid":  # a value that is listed twice is one point
+                values = list({str(value): value for value in values}.values())
             return {"values": values, "weights": weights}
         return self._distribution(key, told)
 
@@ -173,7 +190,10 @@ class Sweep:
         if self.method == "grid":
             if kind != "int_uniform":
                 raise self._wrong(key, "is drawn at random: a grid wants values")
-            return {"values": list(range(told["min"], told["max"] + 1)), "weights": None}
+            values = range(told["min"], told["max"] + 1)
+            if told["max"] - told["min"] >= MAX_POINTS:
+                raise self._wrong(key, f"has {told['max'] - told['min'] + 1:,} values, more than {MAX_POINTS:,}")
+            return {"values": list(values), "weights": None}
         return {**told, "distribution": kind}
 
     def _points(self) -> Iterator[Point]:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_align import limits
 from lit_align.callbacks.chosen import Chosen
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
@@ -115,8 +116,11 @@ def _front(datamodule: Any, network: Any, method: str, generates: bool, adapter:
 def _front_of(folder: Path) -> dict[str, Any]:
     """The YAML at the head of a folder's card."""
     card = folder / "README.md"
-    _, mark, rest = card.read_text().partition("---\n") if card.exists() else ("", "", "")
-    told = yaml.safe_load(rest.partition("\n---\n")[0]) if mark else None
+    try:  # a card of somebody else's must not stop the export
+        _, mark, rest = limits.read_text(card).partition("---\n")
+        told = limits.load_yaml(rest.partition("\n---\n")[0], card) if mark else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
     return told if isinstance(told, dict) else {}
 
 
@@ -144,9 +148,11 @@ def _joined(prefix: str, key: str) -> str:
 def _read(run: Path | None, name: str) -> dict[str, Any]:
     """A file of a run's folder; empty where there is none."""
     file = None if run is None else run / name
-    if file is None or not file.exists():
+    try:
+        text = "" if file is None else limits.read_text(file, largest=1 << 26)
+        content = limits.load_yaml(text, file) if str(file).endswith(".yaml") else json.loads(text or "{}")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # or one that cannot be read: a parent's may be odd
         return {}
-    content = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else json.loads(file.read_text())
     return content if isinstance(content, dict) else {}
 
 
