@@ -35,6 +35,7 @@ from lit_align.callbacks import (
 )
 from lit_align.callbacks.checkpoint import BEST
 from lit_align.callbacks.chosen import Which
+from lit_align.callbacks.resume import KINDS, allowed
 from lit_align.config_error import ConfigError, explain
 from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
@@ -59,9 +60,15 @@ class AlignCLI(LightningCLI):
         )
         parser.add_argument(
             "--export",
-            type=Which | None,  # type: ignore[arg-type]  # jsonargparse takes any type hint
+            type=Which | None,
             default=None,
             help="Weights in the folder model/: last or best; null for the best by checkpoint.monitor, else the last.",
+        )
+        parser.add_argument(
+            "--resume.allow",
+            type=list[str] | str | None,
+            default=None,
+            help=f"Changes that a resumed run accepts, [data, model] for two: {', '.join(KINDS)}.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         # One checkpoint, the latest, under two names. With save_top_k: 0 Lightning saves nothing before the end.
@@ -106,9 +113,11 @@ class AlignCLI(LightningCLI):
         """The Trainer with the run's logger and callbacks."""
         config = self.config[self.subcommand]
         out = Path(config.out)
-        self.save_config_kwargs = {"folder": out}
+        allow = allowed(config.resume.allow)
+        self.save_config_kwargs = {"folder": out, "allow": allow}
         told = self._get(self.config_init, "trainer")
-        callbacks: list[Callback] = [Manifest(out, config.seed_everything, _parents(config))]
+        parents = _named(config)
+        callbacks: list[Callback] = [Manifest(out, config.seed_everything, list(parents), parents, allow)]
         if told.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in _list(told.callbacks)):
             callbacks.append(progress())
         if self.subcommand == "fit":
@@ -155,18 +164,29 @@ def _list(value: Any) -> list[Any]:
 
 def _parents(config: Any) -> list[str]:
     """Folders of models that a configuration names."""
-    found = []
+    return list(_named(config))
 
-    def visit(value: Any) -> None:
-        if isinstance(value, dict):
-            for item in value.values():
-                visit(item)
+
+def _named(config: Any) -> dict[str, list[str]]:
+    """Folders of models and adapters, each with the keys of the configuration that name it."""
+    found: dict[str, list[str]] = {}
+
+    def visit(value: Any, key: str = "") -> None:
+        if isinstance(value, (dict, list)):
+            for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+                visit(item, f"{key}.{name}" if key else str(name))
         # os.path, which says of a chat template that it is no file; pathlib raises that the name is too long.
-        elif isinstance(value, str) and os.path.exists(os.path.join(value, "config.json")):
-            found.append(value)
+        elif (
+            isinstance(value, str) and key != "out" and any(os.path.exists(os.path.join(value, f)) for f in _OF_MODELS)
+        ):
+            found.setdefault(value, []).append(key)
 
     visit(config.as_dict())
-    return sorted(set(found))
+    return dict(sorted(found.items()))
+
+
+# One of these lies in the folder of a model or an adapter.
+_OF_MODELS = ("config.json", "adapter_config.json")
 
 
 def run_lightning(args: list[str]) -> AlignCLI:

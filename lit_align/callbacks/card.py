@@ -20,7 +20,7 @@ from lit_align.callbacks.metrics_csv import last_values
 from lit_align.data.base import TextDataModule
 
 # Where a run writes, and where it was taken up from, say nothing of the model; nor may two cards differ by them.
-_PLACES = ("out", "config", "ckpt_path", "weights_only", "checkpoint.dirpath", "trainer.default_root_dir")
+_PLACES = ("out", "config", "ckpt_path", "weights_only", "resume", "checkpoint.dirpath", "trainer.default_root_dir")
 
 
 class Ancestor(NamedTuple):

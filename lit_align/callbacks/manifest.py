@@ -6,14 +6,19 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_align.callbacks.resume import manifest_changes, settle
+from lit_align.data.base import TextDataModule
+from lit_align.data.store import tokenizer_key
 from lit_align.disk import write_whole
-from lit_align.models.seal import model_hash
+from lit_align.models.seal import broken_seal, file_hash, model_hash
 
 PACKAGES = (
     "lit_align",
@@ -28,6 +33,10 @@ PACKAGES = (
 )
 
 
+# What of it a checkpoint carries, to be compared when a run goes on.
+_COMPARED = ("packages", "data", "tokenizer", "parents", "configs")
+
+
 class Manifest(Callback):
     """Writes `manifest.json`: git commit, package versions, data fingerprints and counts, seed, the parents' hashes.
 
@@ -35,34 +44,72 @@ class Manifest(Callback):
         folder: the run's folder.
         seed: what seed_everything was called with.
         parents: folders of models that the run starts from.
+        roles: keys of the configuration that name each of them.
+        allow: kinds of change that a resumed run accepts.
     """
 
-    def __init__(self, folder: str | Path, seed: int | None = None, parents: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        seed: int | None = None,
+        parents: list[str] | None = None,
+        roles: Mapping[str, list[str]] | None = None,
+        allow: frozenset[str] = frozenset(),
+    ) -> None:
         self.path = Path(folder) / "manifest.json"
         self.seed = seed
         self.parents = parents or []
+        self.roles = {parent: list((roles or {}).get(parent, [])) for parent in self.parents}
+        self.allow = allow
+        self._made: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write before training: a run that dies has one too."""
+        for parent in self.parents:
+            if trainer.is_global_zero and (broken := broken_seal(Path(parent))):
+                rank_zero_info(f"look: {broken}")
         self._write(trainer)
 
-    on_predict_start = on_fit_start
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        self._write(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Remember what the run was made of."""
+        checkpoint["run_manifest"] = {name: self._content(trainer)[name] for name in _COMPARED}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Compare, when a run goes on.
+
+        Raises:
+            ValueError: data, models or tokenizer have changed, and that kind of change is not allowed.
+        """
+        if trainer.state.fn == "fit":
+            changes = manifest_changes(checkpoint.get("run_manifest") or {}, self._content(trainer))
+            settle(changes, self.allow, rank_zero_info)
+
+    def _content(self, trainer: Trainer) -> dict[str, Any]:
+        if self._made is None:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            configs = {parent: Path(parent) / "config.json" for parent in self.parents}
+            self._made = {
+                **environment(),
+                "seed": self.seed,
+                "devices": trainer.world_size,
+                "precision": trainer.precision,
+                "data": getattr(data, "manifest", list)(),
+                "tokenizer": tokenizer_key(data.tokenizer) if isinstance(data, TextDataModule) else None,
+                "parents": {parent: model_hash(Path(parent)) for parent in self.parents},
+                "configs": {parent: file_hash(file) for parent, file in configs.items() if file.exists()},
+                "roles": self.roles,
+            }
+            if job := os.environ.get("SLURM_JOB_ID"):
+                self._made["slurm_job"] = job  # that which SLURM starts again finds its folder by this
+        return self._made
 
     def _write(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero:
-            return
-        described = getattr(trainer.datamodule, "manifest", list)  # type: ignore[attr-defined]
-        content = {
-            **environment(),
-            "seed": self.seed,
-            "devices": trainer.world_size,
-            "precision": trainer.precision,
-            "data": described(),
-            "parents": {parent: model_hash(Path(parent)) for parent in self.parents},
-        }
-        if job := os.environ.get("SLURM_JOB_ID"):
-            content["slurm_job"] = job  # that which SLURM starts again finds its folder by this
-        write_whole(self.path, json.dumps(content, indent=2, default=str) + "\n")
+        if trainer.is_global_zero:
+            write_whole(self.path, json.dumps(self._content(trainer), indent=2, default=str) + "\n")
 
 
 def environment() -> dict[str, Any]:

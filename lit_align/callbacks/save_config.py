@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_align.callbacks.resume import config_changes, differences, settle
 from lit_align.disk import replacing
 
 
@@ -18,9 +20,10 @@ class SaveRunConfig(SaveConfigCallback):
     Lightning's own writes next to whatever the logger calls its folder, which two runs of a W&B project share.
     """
 
-    def __init__(self, *args: Any, folder: str | Path, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, folder: str | Path, allow: frozenset[str] = frozenset(), **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
         self.folder = Path(folder)
+        self.allow = allow  # kinds of change that a resumed run accepts
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Nothing yet: what the run left may belong to another configuration, and a checkpoint will say so."""
@@ -44,14 +47,12 @@ class SaveRunConfig(SaveConfigCallback):
         """Compare.
 
         Raises:
-            ValueError: the configuration differs where it decides what is trained; names the keys.
+            ValueError: the configuration differs where it decides what is trained, and that kind of change is not
+                allowed; names the keys.
         """
-        differing = differences(checkpoint.get("run_config", {}), self._plain())
-        if differing and trainer.state.fn == "fit":
-            raise ValueError(
-                f"the checkpoint belongs to a run with another {differing[0]}: resuming takes a run up as it was. "
-                "Restore the value, or start a new run from the exported folder without --ckpt_path"
-            )
+        if trainer.state.fn == "fit":
+            changes = config_changes(checkpoint.get("run_config", {}), self._plain())
+            settle(changes, self.allow, rank_zero_info)
 
     def _plain(self) -> dict[str, Any]:
         text = self.parser.dump(self.config, skip_unset=False, format="yaml")
@@ -59,25 +60,4 @@ class SaveRunConfig(SaveConfigCallback):
         return loaded
 
 
-# What a resumed run may change: how far it goes, where it runs and writes, what it shows.
-_FREE = (
-    "out", "config", "ckpt_path", "weights_only", "checkpoint.",
-    "data.init_args.num_workers", "data.init_args.cache_dir",
-    *(f"trainer.{key}" for key in (
-        "max_", "min_", "limit_val", "enable_", "logger", "accelerator", "strategy", "log_every", "profiler",
-        "callbacks", "default_root", "num_sanity",
-    )),
-)  # fmt: skip
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """Keys whose values differ, each with both values, except those that a resumed run may change."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted({*old, *new}, key=str)
-            for line in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-        ]
-    if old == new or prefix.startswith(_FREE):
-        return []
-    return [f"{prefix} ({old!r}, now {new!r})"]
+__all__ = ["SaveRunConfig", "differences"]

@@ -215,7 +215,7 @@ class TextDataModule(LightningDataModule):
     def manifest(self) -> list[dict[str, Any]]:
         """Of each source: its name, the fingerprint of its tokenised rows, and what happened to them."""
         return [
-            {"part": part, "name": source.name, "fingerprint": store.fingerprint, "counts": dict(store.tally)}
+            {"part": part, "name": source.name, **store.described()}
             for part, stores in self._stores.items()
             for source, store in zip(self.sources[part] or (), stores, strict=True)
         ]

@@ -79,12 +79,19 @@ class Store:
     Attributes:
         tally: what happened to the rows.
         fingerprint: the key, for the run's manifest.
+        origin: fingerprint of the source alone, whatever its rows were tokenised with; None where it has none.
     """
+
+    origin: str | None = None
 
     def __init__(self, data: Dataset, tally: Tally, fingerprint: str) -> None:
         self.data = data
         self.tally = tally
         self.fingerprint = fingerprint
+
+    def described(self) -> dict[str, Any]:
+        """For the run's manifest."""
+        return {"fingerprint": self.fingerprint, "origin": self.origin, "counts": dict(self.tally)}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -138,13 +145,16 @@ def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, ca
             _write_cached(path, source, encode, on_bad_row)
             stored = _read(path, key)
         if stored is not None:
+            stored.origin = origin
             return stored
     with tempfile.TemporaryDirectory(prefix="lit_align-") as temporary:
         path = Path(temporary) / "items.arrow"
         tally = _write(path, source, encode, on_bad_row)
         if origin is None:  # of such rows nothing is known but what came out
             key = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-        return Store(Dataset.from_file(str(path), in_memory=True), tally, key)
+        store = Store(Dataset.from_file(str(path), in_memory=True), tally, key)
+        store.origin = origin
+        return store
 
 
 def _read(path: Path, key: str) -> Store | None:

@@ -94,8 +94,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
             read_json(folder / "tokenizer_config.json")
         if not any((folder / file).exists() for file in _TOKENIZERS):
             raise ValueError(
-                f"{name!r} has no tokenizer ({_TOKENIZERS[0]} or another of its kind): copy the tokenizer's files "
-                "there, or name another folder as data.tokenizer"
+                f"{name!r} has no tokenizer ({_TOKENIZERS[0]} or another of its kind): copy those of the model "
+                "that it was trained from into it"
             )
     with _explained(name, "the tokenizer of "):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)

@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from lit_align.models.sharding import shard
 from lit_align.models.trees import TreeModel
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
+from lit_align.modules.restored import check_state
 from lit_align.modules.schedule import Schedule
 from lit_align.modules.strategy import check_strategy, scale_gradients
 from lit_align.modules.zero import ZeROStrategy
@@ -327,13 +328,7 @@ class AlignModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks trained weights: without strict loading they would stay as they are."""
-        missing = set(self.state_dict()) - set(checkpoint["state_dict"]) - self.frozen()
-        unknown = set(checkpoint["state_dict"]) - set(self.state_dict())
-        if missing or unknown:
-            what, names = ("lacks", missing) if missing else ("has unknown", unknown)
-            raise ValueError(
-                f"the checkpoint {what} {len(names)} weights, the first being {min(names)!r}: other model?"
-            )
+        check_state(self.state_dict(), checkpoint["state_dict"], self.frozen())
         self._rng = dict(enumerate(checkpoint["rng"])).get(self.global_rank)
 
     def on_train_start(self) -> None:
