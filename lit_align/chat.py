@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from lit_align.model_folder import find_model
 from lit_align.models.load import device_of, load_causal_lm, load_tokenizer
 from lit_align.models.network import Network
 
@@ -20,7 +21,7 @@ class Chat:
     """A conversation with a model, which answers as it was trained to: by its chat template, up to its stop tokens.
 
     Args:
-        name: folder or hub name.
+        name: folder of a model or of a run, or a name on the hub; of a pipeline, its last language model.
         temperature: of the sampling; 0 takes the most probable token.
         max_new_tokens: of an answer.
         system: a first message, if the template takes one.
@@ -32,6 +33,7 @@ class Chat:
     def __init__(
         self, name: str, temperature: float = 0.7, max_new_tokens: int = 256, system: str | None = None
     ) -> None:
+        name = find_model(name, last=True)
         self.tokenizer: Any = load_tokenizer(name)
         if self.tokenizer.chat_template is None:
             raise ValueError(f"{name!r} has no chat template: it was not trained to answer")

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import lit_align
 from lit_align import limits
 from lit_align.config_error import ConfigError, explain
+from lit_align.model_folder import find_model, stage_models
 from lit_align.own_modules import importable
 
 
@@ -72,15 +73,19 @@ def sweep(args: list[str]) -> dict[str, Any]:
 def chat(args: list[str]) -> None:
     """Talk to a model in the terminal."""
     parser = _Parser(prog="lit-align chat", description=chat.__doc__, allow_abbrev=False)
-    parser.add_argument("model", help="folder, as a run leaves it, or name on the hub")
+    parser.add_argument("model", help="folder of a model, a run or a pipeline, or name on the hub")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
     parser.add_argument("--system", help="a first message")
     told = parser.parse_args(args)
+    name = find_model(told.model, last=True)
+    if name != told.model:
+        others = [str(model) for model in stage_models(Path(told.model)) if str(model) != name]
+        print(f"model: {name}" + (f" (others: {', '.join(others)})" if others else ""))
     from lit_align.chat import Chat, converse
 
     lines = iter(lambda: _asked("> "), "")
-    converse(Chat(told.model, told.temperature, told.max_new_tokens, told.system), lines)
+    converse(Chat(name, told.temperature, told.max_new_tokens, told.system), lines)
 
 
 def _asked(prompt: str) -> str:

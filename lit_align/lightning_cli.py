@@ -41,6 +41,7 @@ from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
 from lit_align.doctor import examine
+from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
 from lit_align.run_folder import free_folder, requeued_folder, resumed_folder
@@ -176,17 +177,14 @@ def _named(config: Any) -> dict[str, list[str]]:
             for name, item in value.items() if isinstance(value, dict) else enumerate(value):
                 visit(item, f"{key}.{name}" if key else str(name))
         # os.path, which says of a chat template that it is no file; pathlib raises that the name is too long.
-        elif (
-            isinstance(value, str) and key != "out" and any(os.path.exists(os.path.join(value, f)) for f in _OF_MODELS)
-        ):
-            found.setdefault(value, []).append(key)
+        elif isinstance(value, str) and key != "out" and os.path.isdir(value):
+            with contextlib.suppress(ValueError):  # a folder with several models is not a model's folder here
+                value = find_model(value)
+            if holds_model(value):
+                found.setdefault(value, []).append(key)
 
     visit(config.as_dict())
     return dict(sorted(found.items()))
-
-
-# One of these lies in the folder of a model or an adapter.
-_OF_MODELS = ("config.json", "adapter_config.json")
 
 
 def run_lightning(args: list[str]) -> AlignCLI:

@@ -80,7 +80,7 @@ def test_the_command(folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 def test_what_cannot_be_talked_to(folder: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot load '.*nowhere'"):
+    with pytest.raises(ValueError, match=r"cannot load the tokenizer of '.*nowhere'"):
         main(["chat", str(tmp_path / "nowhere")])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = None

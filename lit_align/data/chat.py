@@ -16,6 +16,7 @@ from typing import Any, Literal
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lit_align.data.rows import BadField
+from lit_align.model_folder import find_model
 from lit_align.types import Segment
 
 Messages = list[dict[str, str]]
@@ -215,6 +216,7 @@ def load_encoder(
     Raises:
         ValueError: no such tokenizer, or one that `ChatEncoder` refuses.
     """
+    name = find_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lit_align.model_folder import find_model
 from lit_align.models.intact import check_files, check_fit, check_values, read_json
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
@@ -88,6 +89,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
     Raises:
         ValueError: no such folder or hub name, or no usable tokenizer in it; names the file.
     """
+    name = find_model(name)
     folder = Path(name)
     if folder.is_dir():
         if (folder / "tokenizer_config.json").exists():

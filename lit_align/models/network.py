@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lit_align.model_folder import find_model
+
 Head = Literal["own", "torch", "liger"]
 
 
@@ -70,7 +72,8 @@ class Network:
     shared: bool = False
 
     def __post_init__(self) -> None:
-        self.name = os.fspath(self.name)  # a Path, from Python
+        # A Path, from Python; the folder of a run stands for the model in it.
+        self.name = find_model(os.fspath(self.name))
         if self.weights == "random" and self.lora is not None and self.lora.export == "adapter":
             raise ValueError("lora.export: an adapter is nothing without the random weights that it was trained on")
 

@@ -1,0 +1,80 @@
+"""The folder of a model, from the folder of the run, the pipeline or the sweep that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def find_model(name: str, last: bool = False) -> str:
+    """Folder that holds the model which a name means; the name itself if it is no folder, or is that folder.
+
+    Args:
+        name: a model's folder, the folder of a run, of a pipeline or of a sweep, or a name on the hub.
+        last: of a pipeline's language models, take the last; else several models are an error.
+
+    Raises:
+        ValueError: a checkpoint, a run without a model, or a folder with several models; says which there are.
+    """
+    folder = Path(name)
+    if name.endswith(".ckpt") and os.path.isfile(name):
+        raise ValueError(
+            f"{name!r} is a checkpoint, not a model's folder: name the folder of its run, {str(folder.parents[1])!r}"
+        )
+    # os.path accepts a text that is too long for a file name; pathlib raises.
+    if not os.path.isdir(name) or holds_model(folder):
+        return name
+    if holds_model(folder / "model"):
+        return str(folder / "model")
+    models = stage_models(folder)
+    if last:
+        models = [model for model in models if _is_language_model(model)] or models
+    if len(models) == 1 or (models and last):
+        return str(models[-1])
+    if models:
+        listed = ", ".join(str(model) for model in models)
+        raise ValueError(f"{name!r} holds {len(models)} models: name one of {listed}")
+    if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{name!r} is the folder of a run that left no model: it has not ended. Resume it with "
+            f"`lit-align fit -c {folder / 'config.yaml'} --ckpt_path last`, then its model is in {folder / 'model'}"
+        )
+    return name
+
+
+def stage_models(folder: Path) -> list[Path]:
+    """Models of the stages of a pipeline, in its order, or of the points of a sweep, the best last."""
+    inside = [path for path in folder.iterdir() if holds_model(path / "model")]
+    order = list(_json(folder / "manifest.json").get("stages") or {})
+    points = _json(folder / "sweep.json").get("points") or []
+    order = order or [point["folder"] for point in reversed(points)]
+
+    def place(path: Path) -> tuple[int, float]:
+        known = order.index(path.name) if path.name in order else len(order)
+        return known, (path / "model").stat().st_mtime
+
+    return [path / "model" for path in sorted(inside, key=place)]
+
+
+def holds_model(folder: str | Path) -> bool:
+    """True for the folder of a model or an adapter."""
+    return any(os.path.exists(os.path.join(folder, file)) for file in ("config.json", "adapter_config.json"))
+
+
+def _is_language_model(folder: Path) -> bool:
+    """False for a reward model."""
+    classes = _json(folder / "config.json").get("architectures") or []
+    return not any("SequenceClassification" in name for name in classes) and (
+        _json(folder / "adapter_config.json").get("task_type") != "SEQ_CLS"
+    )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The content of a file; empty if there is none, or if it is damaged, which loading the model will report."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
