@@ -52,7 +52,7 @@ class CompletionsTable(Callback):
         module: Any = pl_module
         encoder = ChatEncoder(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
         rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in self.prompts]
-        tokens = [torch.tensor(encoder.prompt(row["prompt"])) for row in rows]
+        tokens = [torch.tensor(encoder.prompt(row["prompt"], row.get("tools"))) for row in rows]
         with averaged(trainer, pl_module):
             rollout = module.answer(PromptBatch(tokens, rows), module.sampling, self.seed)
         if not trainer.is_global_zero:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lit_align.data.instruction import group_of
+from lit_align.data.messages import answer_in
 from lit_align.data.preference import PreferenceDataModule
 from lit_align.data.rows import BadField, Row, Tally
 from lit_align.data.store import Item
@@ -23,13 +24,13 @@ class AnswerDataModule(PreferenceDataModule):
             *prompt, last = row["messages"]
             if last["role"] != "assistant" or not prompt:
                 raise BadField("messages", "must end with an assistant turn after a prompt")
-            row = {"prompt": prompt, "completions": [last["content"]]}
+            row = {**row, "prompt": prompt, "completions": [answer_in(last, "messages")]}
         elif "completion" in row:
-            row = {"prompt": row["prompt"], "completions": [row["completion"]]}
+            row = {**row, "completions": [row["completion"]]}
         elif "completions" not in row:
             raise BadField(next(iter(row)), "has no answer: expected demonstrations, rankings, or format: answers")
         answers = row["completions"]
-        example = self._tokens(row["prompt"], answers, row.get("finished") or [True] * len(answers), tally)
+        example = self._tokens(row, answers, row.get("finished") or [True] * len(answers), tally)
         return [Item(example, [], [], group_of(row["prompt"]), {})]
 
     def collate(self, items: Sequence[Item]) -> PackedBatch:  # type: ignore[override]

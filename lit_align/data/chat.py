@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_align.data.messages import Message, Messages, Tools, turn_of
+from lit_align.data.render import NotAppended, Renderer
 from lit_align.data.rows import BadField
 from lit_align.model_folder import find_model
 from lit_align.types import Segment
 
-Messages = list[dict[str, str]]
 Turns = Literal["all", "last"]
 
 # For tokenizers that come without one; behind a BOS token where the tokenizer begins text with one. The answer starts
@@ -55,7 +56,9 @@ class ChatEncoder:
             tokenizer.chat_template = chat_template
         else:
             tokenizer.chat_template = template_of(tokenizer)
+        self._render = Renderer(tokenizer)
         self._template_stop = self._find_stop()
+        self._call_stop = self._find_call_stop()
         if not self.stop_ids:
             raise ValueError(
                 "no stop token: the tokenizer has no eos_token and the chat template ends answers with none"
@@ -63,8 +66,8 @@ class ChatEncoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the template's end of turn, and last the tokenizer's end of sequence."""
-        stops = [self._template_stop, self.tokenizer.eos_token_id]
+        """Tokens that end an answer: the template's end of turn and of a call; last the tokenizer's end of sequence."""
+        stops = [self._template_stop, self._call_stop, self.tokenizer.eos_token_id]
         return list(dict.fromkeys(stop for stop in stops if stop is not None))
 
     @property
@@ -81,49 +84,77 @@ class ChatEncoder:
         ids = self._with_bos(self._ended(self.tokens(text)))
         return Segment(ids, [False] + [True] * (len(ids) - 1))
 
-    def prompt(self, prompt: str | Messages) -> list[int]:
+    def prompt(self, prompt: str | Messages, tools: Tools | None = None) -> list[int]:
         """Ids of a prompt: a conversation with the generation prompt after it, or plain text without a template.
 
         Raises:
-            BadField: no tokens come out, so that nothing could predict the answer's first; or the template refuses it.
+            BadField: no tokens come out, so that nothing could predict the answer's first; or the template refuses it,
+                or leaves something of it out.
         """
         if isinstance(prompt, str):
             ids = self._with_bos(self.tokens(prompt))
         else:
-            ids = self.tokens(self._render(prompt, generation_prompt=True))
+            text = self._render(prompt, tools, generation_prompt=True)
+            self._render.check(text, prompt, tools)
+            ids = self.tokens(text)
         if not ids:
             raise BadField("prompt", "comes out as no tokens")
         return ids
 
-    def answer(self, prompt: str | Messages, answer: str, finished: bool = True) -> Segment:
-        """An answer to a prompt: all of it scored, the stop token included if it finished."""
+    def answer(
+        self, prompt: str | Messages, answer: str | Message, finished: bool = True, tools: Tools | None = None
+    ) -> Segment:
+        """An answer to a prompt: all of it scored, the stop token included if it finished.
+
+        Args:
+            prompt: text, or a conversation.
+            answer: text, or a message where it holds tool calls or reasoning.
+            finished: whether it ended by itself.
+            tools: beside the conversation.
+
+        Raises:
+            BadField: the template refuses the answer, or leaves something of it out.
+        """
         if isinstance(prompt, str):
+            if not isinstance(answer, str):
+                raise BadField("completion", "has tool calls or reasoning, which text without a template cannot hold")
             ids = self._ended(self.tokens(answer))
         else:
-            before = self._render(prompt, generation_prompt=True)
-            ids, _ = self._turn(self._render([*prompt, {"role": "assistant", "content": answer}]), before)
+            before = self._render(prompt, tools, generation_prompt=True)
+            turns = [*prompt, turn_of(answer)]
+            after = self._render(turns, tools)
+            ids, _ = self._turn(after, before)
+            if not isinstance(answer, str):
+                self._render.check(after, turns, tools)
+                self._render.check_turn(turns, tools)
         if not finished and len(ids) > 1:
             ids = ids[:-1]
         return Segment(ids, [True] * len(ids))
 
-    def conversation(self, messages: Messages) -> Segment:
+    def conversation(self, messages: Messages, tools: Tools | None = None) -> Segment:
         """A conversation: assistant turns are scored (each, or the last), from their first token to the stop token.
 
-        A turn that begins the conversation answers nothing and is context. What follows the last assistant turn is left
-        out: there is nothing in it to learn.
+        A turn that begins the conversation answers nothing and is context, as is one with `train: false`. What follows
+        the last scored turn is left out: there is nothing in it to learn.
+
+        Raises:
+            BadField: no turn is scored; the template refuses the conversation or leaves something of it out.
+            NotAppended: the template renders a turn differently once another follows; see `conversations`.
         """
-        speaks = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
-        if not speaks:
-            raise BadField("messages", "have no assistant turn that answers something")
-        whole = self._render(messages[: speaks[-1] + 1])
+        scored_turns = self.scored_turns(messages)
+        if not scored_turns:
+            raise BadField("messages", "have no assistant turn to train on: each has train: false or weight: 0")
+        whole = self._render(messages[: scored_turns[-1] + 1], tools)
+        self._render.check(whole, messages[: scored_turns[-1] + 1], tools)
         ids: list[int] = []
         scored: list[bool] = []
         done = 0  # characters of `whole` that are tokenised
-        for i in speaks[-1:] if self.turns == "last" else speaks:
-            before = self._render(messages[:i], generation_prompt=True)
-            after = self._render(messages[: i + 1])
+        for i in scored_turns:
+            before = self._render(messages[:i], tools, generation_prompt=True)
+            after = self._render(messages[: i + 1], tools)
             self._check_appends(whole, after)
             answer, length = self._turn(after, before)
+            self._render.check_turn(messages[: i + 1], tools)
             context = self._continued(whole[done : len(before)], after_stop=bool(ids))
             ids += context + answer
             scored += [False] * len(context) + [True] * len(answer)
@@ -131,17 +162,44 @@ class ChatEncoder:
             done = len(before) + length
         return Segment(ids, [False, *scored[1:]])  # nothing comes before the first token to predict it
 
-    def _render(self, messages: Messages, generation_prompt: bool = False) -> str:
+    def conversations(self, messages: Messages, tools: Tools | None = None) -> list[Segment]:
+        """A conversation as one sequence, or each of its turns as a sequence of its own.
+
+        The latter where the template renders a turn differently once another follows (Qwen3's drops the thoughts of
+        earlier turns): each turn then has before it what the model would see when it says it.
+
+        Raises:
+            BadField: see `conversation`.
+        """
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-            )
-        except Exception as error:  # a template raises what it likes: jinja's errors, TypeError, ...
-            raise BadField("messages", f"does not fit the chat template: {error}") from error
+            return [self.conversation(messages, tools)]
+        except NotAppended:
+            turns = self.scored_turns(messages)
+            if len(turns) == 1:
+                raise
+        single = []
+        for i in turns:
+            before = self.prompt(messages[:i], tools)
+            answer = self.answer(messages[:i], messages[i], tools=tools)
+            single.append(Segment([*before, *answer.tokens], [False] * len(before) + list(answer.scored)))
+        return single
+
+    def scored_turns(self, messages: Messages) -> list[int]:
+        """Places of the turns that are scored: of the assistant, behind another turn, each or the last.
+
+        There are none where each is marked as context (`train: false`).
+
+        Raises:
+            BadField: there is no turn of the assistant behind another.
+        """
+        said = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
+        if not said:
+            raise BadField("messages", "have no assistant turn that answers something")
+        return [i for i in (said[-1:] if self.turns == "last" else said) if messages[i].get("train", True)]
 
     def _check_appends(self, text: str, beginning: str) -> None:
         if not text.startswith(beginning):
-            raise BadField(
+            raise NotAppended(
                 "messages",
                 "are rendered differently by the chat template once an answer follows, so no token sequence of this "
                 "conversation is what the model would see: set turns: last, or give a chat_template that only appends",
@@ -158,7 +216,8 @@ class ChatEncoder:
             said = turn.rstrip()
             return self._ended(self.tokens(said)), len(said)
         # The last one: content that spells the stop token must not end the turn early.
-        said, stop, _ = turn.rpartition(self._spelled(self._template_stop))
+        stops = [self._spelled(token) for token in (self._template_stop, self._call_stop) if token is not None]
+        said, stop, _ = max((turn.rpartition(stop) for stop in stops), key=lambda parts: len(parts[0] + parts[1]))
         if not stop:
             raise BadField("messages", "are rendered without a stop token behind an answer by the chat template")
         return self.tokens(said + stop), len(said + stop)
@@ -188,10 +247,23 @@ class ChatEncoder:
                 f"the chat template does not write what the assistant says, but {whole!r:.80}: it must be a Jinja "
                 "template, not the name of one"
             )
+        ends = self._ends
+        return next((token for token in self.tokens(whole.rpartition(said)[2]) if token in ends), None)
+
+    def _find_call_stop(self) -> int | None:
+        """The token that ends a turn with a tool call, where it is another than that of other turns."""
+        behind = self._render.after_call()
+        if behind is None or self._template_stop is None or self._spelled(self._template_stop) in behind:
+            return None
+        ends = self._ends
+        return next((token for token in reversed(self.tokens(behind)) if token in ends), None)
+
+    @property
+    def _ends(self) -> set[int]:
+        """Special and added tokens that may end a turn."""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         # Blank ones end nothing: some vocabularies have runs of blanks and line breaks as added tokens.
-        ends = {token for token in special - {self.tokenizer.unk_token_id} if self._spelled(token).strip()}
-        return next((token for token in self.tokens(whole.rpartition(said)[2]) if token in ends), None)
+        return {token for token in special - {self.tokenizer.unk_token_id} if self._spelled(token).strip()}
 
     def _ended(self, ids: list[int]) -> list[int]:
         """End with the end of sequence, and never with two: some data sets spell it out."""

@@ -11,24 +11,23 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_align.data.annotators import ranks_of
-from lit_align.data.rankings import answers, finished_of, grades, rankings, share_of, unpaired
-from lit_align.data.rows import (
-    KINDS,
-    BadField,
-    Row,
+from lit_align.data.messages import (
+    Message,
+    Messages,
+    answer_in,
     answer_of,
     asked_of,
-    filled,
-    list_of,
+    history_of,
+    message_of,
     messages_of,
-    number_of,
-    prompt_of,
-    text_of,
-    user,
+    system_of,
+    tools_of,
+    with_system,
 )
+from lit_align.data.rankings import answers, finished_of, grades, rankings, share_of, unpaired
+from lit_align.data.rows import KINDS, BadField, Row, filled, list_of, number_of, text_of, user
 
 Reader = Callable[[Row], list[Row]]
-Messages = list[dict[str, str]]
 
 
 def _instruction(row: Row) -> str:
@@ -37,9 +36,20 @@ def _instruction(row: Row) -> str:
     return f"{instruction}\n\n{extra}" if extra.strip() else instruction
 
 
+def _question(row: Row) -> Messages:
+    """The instruction as a conversation, behind a system column and the turns of a history column."""
+    return [*system_of(row), *history_of(row), *user(_instruction(row))]
+
+
+def _tools(row: Row) -> Row:
+    """The tools of a row, where it has any."""
+    tools = tools_of(row)
+    return {"tools": tools} if tools else {}
+
+
 def alpaca(row: Row) -> list[Row]:
-    """Stanford Alpaca: instruction, optional input, output."""
-    return [{"prompt": user(_instruction(row)), "completion": filled(row, "output")}]
+    """Stanford Alpaca: instruction, optional input, output; optional system, history (context) and tools."""
+    return [{"prompt": _question(row), "completion": filled(row, "output"), **_tools(row)}]
 
 
 def instances(row: Row) -> list[Row]:
@@ -56,44 +66,69 @@ def instances(row: Row) -> list[Row]:
     return rows
 
 
+# Who speaks in ShareGPT's conversations; the last two are LLaMA-Factory's names.
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPEAKERS |= {"tool": "tool", "observation": "tool", "function_call": "assistant"}
+
+
 def sharegpt(row: Row) -> list[Row]:
-    """ShareGPT: conversations of {"from": human | gpt | system | tool, "value"}."""
-    roles = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-    roles |= {"system": "system", "tool": "tool"}
+    """ShareGPT: conversations of {"from": human | gpt | system | tool, "value"}; optional system and tools."""
     turns = []
     for i, turn in enumerate(list_of(row, "conversations")):
         where = f"conversations[{i}]"
         if not isinstance(turn, dict):
             raise BadField(where, f"is {type(turn).__name__}, expected a turn with from and value")
         speaker = turn.get("from")
-        if not isinstance(speaker, str) or speaker not in roles:
-            raise BadField(f"{where}.from", f"is {speaker!r:.40}, expected one of {', '.join(roles)}")
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
+            raise BadField(f"{where}.from", f"is {speaker!r:.40}, expected one of {', '.join(_SPEAKERS)}")
         try:
-            turns.append({"role": roles[speaker], "content": text_of(turn, "value")})
+            turns.append(_called(turn) if speaker == "function_call" else message_of(turn, _SPEAKERS[speaker], "value"))
         except BadField as problem:
             raise problem.inside(where) from None
-    return _conversation(turns, "conversations")
+    return _conversation(row, turns, "conversations")
+
+
+def _called(turn: Row) -> Message:
+    """A turn whose value is a tool call as JSON text."""
+    message = message_of(turn, "assistant", "value")
+    return message_of({**message, "content": "", "function_call": message["content"]}, "assistant")
 
 
 def messages(row: Row) -> list[Row]:
-    """OpenAI chat: messages of {"role", "content"}; something must be said by the assistant."""
-    return _conversation(messages_of(row, "messages"), "messages")
+    """OpenAI chat: messages of {"role", "content"}, optional tools; something must be said by the assistant."""
+    return _conversation(row, messages_of(row, "messages"), "messages")
 
 
-def _conversation(turns: Messages, field: str) -> list[Row]:
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+def _conversation(row: Row, turns: Messages, field: str) -> list[Row]:
+    said = [turn for turn in turns if turn["role"] == "assistant"]
+    if not any(turn["content"].strip() or "tool_calls" in turn for turn in said):
         raise BadField(field, "has no assistant turn with text, so there is nothing to learn")
-    return [{"messages": turns}]
+    return [{"messages": with_system(row, turns), **_tools(row)}]
 
 
 def prompt_completion(row: Row) -> list[Row]:
-    """A prompt (text, or a conversation) and its completion; plain text gets no chat template."""
-    answer = answer_of(row, "completion", empty=False)
-    return [{"prompt": asked_of(row, row["completion"]), "completion": answer}]
+    """A prompt (text, or a conversation) and its completion.
+
+    The completion may be several turns: the assistant's, with results of tools between them.
+    """
+    asked = asked_of(row, row.get("completion"))
+    if isinstance(row.get("completion"), list) and len(row["completion"]) > 1:
+        turns = messages_of(row, "completion")
+        roles = [turn["role"] for turn in turns]
+        if roles[0] == roles[-1] == "assistant" and set(roles) <= {"assistant", "tool"}:
+            prompt = asked.pop("prompt")
+            return [{"messages": [*_as_context(prompt), *turns], **asked}]
+    return [{**asked, "completion": answer_of(row, "completion", empty=False)}]
 
 
-def _pair(prompt: str | Messages, chosen: str, rejected: str, **told: Any) -> list[Row]:
-    return [{"prompt": prompt, "completions": [chosen, rejected], "ranks": [0.0, 1.0], **told}]
+def _as_context(prompt: str | Messages) -> Messages:
+    """A prompt as turns of which none is trained on."""
+    turns = user(prompt) if isinstance(prompt, str) else prompt
+    return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in turns]
+
+
+def _pair(asked: Row, chosen: str | Message, rejected: str | Message, **told: Any) -> list[Row]:
+    return [{**asked, "completions": [chosen, rejected], "ranks": [0.0, 1.0], **told}]
 
 
 def pairs(row: Row) -> list[Row]:
@@ -115,13 +150,14 @@ def pairs(row: Row) -> list[Row]:
     if isinstance(row.get("finished"), list):  # what is no list is somebody's column of that name
         told |= finished_of(row, 2)
     sides = [row.get("chosen"), row.get("rejected")]
-    asked = row.get("prompt") is not None or row.get("instruction") is not None
-    if any(isinstance(side, list) and len(side) > 1 for side in sides) or not asked:
+    has_prompt = row.get("prompt") is not None or row.get("instruction") is not None
+    if any(isinstance(side, list) and len(side) > 1 for side in sides) or not has_prompt:
         chosen, rejected = messages_of(row, "chosen"), messages_of(row, "rejected")
         answers = _answer(chosen, "chosen"), _answer(rejected, "rejected")
-        return _pair(_shared(chosen, rejected), *answers, **told)
-    prompt = user(_instruction(row)) if row.get("prompt") is None else asked_of(row, *sides)
-    return _pair(prompt, answer_of(row, "chosen"), answer_of(row, "rejected"), **told)
+        asked = {"prompt": with_system(row, _shared(chosen, rejected)), **_tools(row)}
+        return _pair(asked, *answers, **told)
+    asked = {"prompt": _question(row), **_tools(row)} if row.get("prompt") is None else asked_of(row, *sides)
+    return _pair(asked, answer_of(row, "chosen"), answer_of(row, "rejected"), **told)
 
 
 def _shared(chosen: Messages, rejected: Messages) -> Messages:
@@ -133,16 +169,16 @@ def _shared(chosen: Messages, rejected: Messages) -> Messages:
     return chosen[:-1]
 
 
-def _answer(turns: Messages, field: str) -> str:
+def _answer(turns: Messages, field: str) -> str | Message:
     if turns[-1]["role"] != "assistant":
         raise BadField(field, f"ends with a turn of {turns[-1]['role']}, expected an answer by the assistant")
-    return turns[-1]["content"]
+    return answer_in(turns[-1], field)
 
 
 def hh(row: Row) -> list[Row]:
     r"""Anthropic HH-RLHF: chosen and rejected as flat strings of "\n\nHuman: ..." and "\n\nAssistant: ..." turns."""
     chosen, rejected = (_hh_turns(field, filled(row, field)) for field in ("chosen", "rejected"))
-    return _pair(_shared(chosen, rejected), chosen[-1]["content"], rejected[-1]["content"])
+    return _pair({"prompt": _shared(chosen, rejected)}, chosen[-1]["content"], rejected[-1]["content"])
 
 
 def _hh_turns(field: str, text: str) -> Messages:
@@ -162,7 +198,9 @@ def _hh_turns(field: str, text: str) -> Messages:
 def preferred(row: Row) -> list[Row]:
     """The preferred answer of a pair, or of HH-RLHF, as a demonstration (Preferred-FT of Rafailov et al. 2023)."""
     (pair,) = (hh if recognise(row) == "hh" else pairs)(row)
-    return [{"prompt": pair["prompt"], "completion": filled({"chosen": pair["completions"][0]}, "chosen")}]
+    answer, tools = pair["completions"][0], {"tools": pair["tools"]} if "tools" in pair else {}
+    chosen = filled({"chosen": answer}, "chosen") if isinstance(answer, str) else answer
+    return [{"prompt": pair["prompt"], "completion": chosen, **tools}]
 
 
 def nectar(row: Row) -> list[Row]:
@@ -234,24 +272,25 @@ def pair_labels(row: Row) -> list[Row]:
     return [{"prompt": user(question), "completions": answers, "ranks": [max(wins) - w for w in wins]}]
 
 
-def _bare(row: Row, prompt: str | Messages) -> list[Row]:
-    return [{**{name: value for name, value in row.items() if name not in KINDS}, "prompt": prompt}]
+def _bare(row: Row, asked: Row) -> list[Row]:
+    return [{**{name: value for name, value in row.items() if name not in (*KINDS, "tools")}, **asked}]
 
 
 def prompts(row: Row) -> list[Row]:
     """A prompt alone; every other column stays in the row, for the reward."""
-    return _bare(row, prompt_of(row))
+    return _bare(row, asked_of(row))
 
 
 def turns(row: Row) -> list[Row]:
     """MT-bench questions: the first of several user turns is the prompt."""
     first = list_of(row, "turns")[0]
-    return _bare(row, user(filled({"turns[0]": first}, "turns[0]")))
+    asked = [*system_of(row), *user(filled({"turns[0]": first}, "turns[0]"))]
+    return _bare(row, {"prompt": asked, **_tools(row)})
 
 
 def questions(row: Row) -> list[Row]:
     """A question for the user's turn (XSTest calls it prompt); every other column stays in the row."""
-    return _bare(row, user(filled(row, "prompt")))
+    return _bare(row, {"prompt": [*system_of(row), *user(filled(row, "prompt"))], **_tools(row)})
 
 
 def choices(row: Row) -> list[Row]:

@@ -17,7 +17,8 @@ from lit_align.types import Example, PackedBatch, Segment
 
 def group_of(prompt: Any) -> str:
     """A hash of a prompt, a text being the user's turn that it becomes: what the validation split keeps together."""
-    prompt = user(prompt) if isinstance(prompt, str) else prompt
+    turns = user(prompt) if isinstance(prompt, str) else prompt
+    prompt = [{name: value for name, value in turn.items() if name != "train"} for turn in turns]
     return hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -49,23 +50,34 @@ class InstructionDataModule(TextDataModule):
             document = _with_something_scored(self._encoder().text(row["text"]), "text")
             pieces = chunk(document, self.max_length)
             return [Item(Example(piece), [], [], group_of(row["text"]), {}) for piece in pieces]
+        tools = row.get("tools")
         if "messages" in row:
-            speaks = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
-            field, prompt = "messages", row["messages"][: speaks[-1]]
-            sequence = self._encoder().conversation(row["messages"])
+            field, messages = "messages", row["messages"]
+            speaks = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            prompt = messages[: speaks[-1]]
+            if not self._encoder().scored_turns(messages):
+                tally["rows_with_nothing_to_train_on"] += 1  # each turn of the assistant has train: false
+                return []
+            sequences = self._encoder().conversations(messages, tools)
+            if len(sequences) > 1:
+                tally["turns_as_examples_of_their_own"] += len(sequences)
         elif "completion" in row:
             field, prompt = "completion", row["prompt"]
-            ids, answer = self._encoder().prompt(prompt), self._encoder().answer(prompt, row["completion"])
-            sequence = Segment([*ids, *answer.tokens], [False] * len(ids) + list(answer.scored))
+            ids = self._encoder().prompt(prompt, tools)
+            answer = self._encoder().answer(prompt, row["completion"], tools=tools)
+            sequences = [Segment([*ids, *answer.tokens], [False] * len(ids) + list(answer.scored))]
         else:
             raise BadField(
                 next(iter(row)), "belongs to rankings or bare prompts, which hold no demonstration to imitate"
             )
+        return [self._item(sequence, field, prompt, tally) for sequence in sequences]
+
+    def _item(self, sequence: Segment, field: str, prompt: Any, tally: Tally) -> Item:
         example = fit(Example(_with_something_scored(sequence, field)), self.max_length, self.truncate, tally, self.bos)
         if self.loss_on == "all":
             tokens = example.trunk.tokens
             example = Example(Segment(tokens, [False] + [True] * (len(tokens) - 1)))
-        return [Item(example, [], [], group_of(prompt), {})]
+        return Item(example, [], [], group_of(prompt), {})
 
     def collate(self, items: Sequence[Item]) -> PackedBatch:
         """Packed rows."""

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lit_align.data.annotators import merged_shares
 from lit_align.data.base import TextDataModule
-from lit_align.data.chat import Messages
 from lit_align.data.fit import fit
 from lit_align.data.instruction import group_of
+from lit_align.data.messages import says_nothing
 from lit_align.data.rows import BadField, Row, Tally
 from lit_align.data.source import Source
 from lit_align.data.store import Item
@@ -52,13 +52,13 @@ class PreferenceDataModule(TextDataModule):
                 next(iter(row)), "has no ranked answers: expected chosen and rejected, or completions and ranks"
             )
         answers, finished = row["completions"], row.get("finished") or [True] * len(row["completions"])
-        trunk, branches = self._tokens(row["prompt"], answers, finished, tally)
+        trunk, branches = self._tokens(row, answers, finished, tally)
         merged: dict[tuple[int, ...], list[int]] = {}  # tokens of an answer: which of the answers they are
         for k, branch in enumerate(branches):
             merged.setdefault(tuple(branch.tokens), []).append(k)
         groups = list(merged.values())
         tally["identical_answers"] += len(answers) - len(groups)
-        tally["empty_answers"] += sum(not answers[same[0]].strip() for same in groups)
+        tally["empty_answers"] += sum(says_nothing(answers[same[0]]) for same in groups)
 
         def mean(values: Sequence[float]) -> list[float]:
             return [fmean(values[k] for k in same) for same in groups]
@@ -73,10 +73,10 @@ class PreferenceDataModule(TextDataModule):
         example = Example(trunk, [branches[same[0]] for same in groups])
         return [Item(example, ranks, margins, group_of(row["prompt"]), {}, shares, grades)]
 
-    def _tokens(self, prompt: str | Messages, answers: list[str], finished: list[bool], tally: Tally) -> Example:
-        encoder = self._encoder()
-        ids = encoder.prompt(prompt)
-        branches = [encoder.answer(prompt, answer, end) for answer, end in zip(answers, finished, strict=True)]
+    def _tokens(self, row: Row, answers: list[Any], finished: list[bool], tally: Tally) -> Example:
+        encoder, prompt, tools = self._encoder(), row["prompt"], row.get("tools")
+        ids = encoder.prompt(prompt, tools)
+        branches = [encoder.answer(prompt, answer, end, tools) for answer, end in zip(answers, finished, strict=True)]
         return fit(Example(Segment(ids, [False] * len(ids)), branches), self.max_length, self.truncate, tally, self.bos)
 
     def training_item(self, number: int) -> Item:

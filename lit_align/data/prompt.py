@@ -44,14 +44,14 @@ class PromptDataModule(TextDataModule):
             *prompt, last = row["messages"]
             if last["role"] != "assistant" or not prompt:
                 raise BadField("messages", "must end with an assistant turn after a prompt")
-            row = {"prompt": prompt, "reference": last["content"]}
+            row = {**_tools(row), "prompt": prompt, "reference": last["content"] or last}
         elif "completion" in row:
-            row = {"prompt": row["prompt"], "reference": row["completion"]}
+            row = {**_tools(row), "prompt": row["prompt"], "reference": row["completion"]}
         elif "prompt" not in row:
             raise BadField(next(iter(row)), "has no prompt")
         if "completions" in row:
             row = {name: value for name, value in row.items() if name not in JUDGEMENTS}
-        ids = self._encoder().prompt(row["prompt"])
+        ids = self._encoder().prompt(row["prompt"], row.get("tools"))
         example = fit(Example(Segment(ids, [False] * len(ids))), self.max_length, self.truncate, tally, self.bos)
         return [Item(example, [], [], group_of(row["prompt"]), row)]
 
@@ -89,3 +89,7 @@ class PromptDataModule(TextDataModule):
     def _train_batch(self, number: int) -> PromptBatch:
         batch: PromptBatch = super()._train_batch(number)
         return batch if self.ptx is None else batch._replace(ptx=self.ptx._train_batch(number))
+
+
+def _tools(row: Row) -> Row:
+    return {"tools": row["tools"]} if "tools" in row else {}

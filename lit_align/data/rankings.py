@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_align.data.annotators import ranks_of, shares_of
-from lit_align.data.rows import BadField, Row, answer_of, asked_of, list_of, number_of
+from lit_align.data.messages import answer_of, asked_of
+from lit_align.data.rows import BadField, Row, list_of, number_of
 
 
 def rankings(row: Row) -> list[Row]:
@@ -23,7 +24,7 @@ def rankings(row: Row) -> list[Row]:
     texts = _texts(row)
     if len(texts) < 2 and row.get("scores") is None:
         raise BadField("completions", "has one answer, which leaves nothing to compare")
-    ranked: Row = {"prompt": asked_of(row, *row["completions"]), "completions": texts}
+    ranked: Row = {**asked_of(row, *row["completions"]), "completions": texts}
     if row.get("scores") is not None:
         ranked["scores"] = _per_answer(row, "scores", len(texts), number_of)
         ranked["ranks"] = [-score for score in ranked["scores"]]
@@ -51,7 +52,7 @@ def _ranks(row: Row, count: int) -> Row:
     return {"ranks": ranks_of(shares, count), "shares": shares}
 
 
-def _texts(row: Row) -> list[str]:
+def _texts(row: Row) -> list[Any]:
     answers = list_of(row, "completions")
     return [answer_of({f"completions[{i}]": a}, f"completions[{i}]") for i, a in enumerate(answers)]
 
@@ -64,21 +65,27 @@ def finished_of(row: Row, count: int) -> Row:
 def grades(row: Row) -> list[Row]:
     """A prompt, one completion and its score, higher is better."""
     answer, score = answer_of(row, "completion"), number_of(row, "score")
-    return [{"prompt": asked_of(row, row["completion"]), "completions": [answer], "ranks": [0.0], "scores": [score]}]
+    return [{**asked_of(row, row["completion"]), "completions": [answer], "ranks": [0.0], "scores": [score]}]
 
 
 def unpaired(row: Row) -> list[Row]:
     """A prompt, one completion, and a label: true if it is wanted, false if not. KTO learns from these."""
     wanted = _truth(row, "label")
-    answer, prompt = answer_of(row, "completion"), asked_of(row, row["completion"])
-    return [{"prompt": prompt, "completions": [answer], "ranks": [float(not wanted)], "scores": [float(wanted)]}]
+    answer = answer_of(row, "completion")
+    return [
+        {
+            **asked_of(row, row["completion"]),
+            "completions": [answer],
+            "ranks": [float(not wanted)],
+            "scores": [float(wanted)],
+        }
+    ]
 
 
 def answers(row: Row) -> list[Row]:
     """A prompt and completions that nobody judged, as `lit-align predict` writes them; optional: `finished`."""
     texts = _texts(row)
-    prompt = asked_of(row, *row["completions"])
-    return [{"prompt": prompt, "completions": texts, **finished_of(row, len(texts))}]
+    return [{**asked_of(row, *row["completions"]), "completions": texts, **finished_of(row, len(texts))}]
 
 
 def _per_answer(

@@ -1,6 +1,7 @@
 """Rows of data: the one schema that every public format is read into, and what is wrong with a row that does not fit.
 
-After reading, a row is one of (names as in TRL; `messages` is a list of {"role", "content"}):
+After reading, a row is one of (names as in TRL; `messages` is a list of {"role", "content"}, see `data/messages.py`;
+an answer is text, or such a message where it holds more than text; `tools` may stand beside any conversation):
 
     {"messages": [...]}                                    a conversation
     {"prompt": str | messages, "completion": str}          a prompt and its answer
@@ -21,7 +22,6 @@ from collections.abc import Iterator
 from typing import Any
 
 Row = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
 
 # Columns that make a row of the schema more than a prompt to answer.
 KINDS = ("messages", "completion", "text", "completions", "ranks", "margins", "finished")
@@ -169,63 +169,6 @@ def list_of(row: Row, field: str) -> list[Any]:
     return value
 
 
-def messages_of(row: Row, field: str) -> list[dict[str, str]]:
-    """The conversation in a field, checked turn by turn.
-
-    Raises:
-        BadField: a turn without a known role or without text.
-    """
-    messages = []
-    for i, turn in enumerate(list_of(row, field)):
-        where = f"{field}[{i}]"
-        if not isinstance(turn, dict):
-            raise BadField(where, f"is {type(turn).__name__}, expected a message with role and content")
-        role = turn.get("role")
-        if role not in ROLES:
-            raise BadField(f"{where}.role", f"is {role!r}, expected one of {', '.join(ROLES)}")
-        try:
-            messages.append({"role": role, "content": text_of(turn, "content")})
-        except BadField as problem:
-            raise problem.inside(where) from None
-    return messages
-
-
-def prompt_of(row: Row, field: str = "prompt") -> str | list[dict[str, str]]:
-    """A prompt: text, or a conversation that ends before the assistant speaks.
-
-    Raises:
-        BadField: missing, empty, or ending with the assistant.
-    """
-    if not isinstance(row.get(field), list):
-        return filled(row, field)
-    messages = messages_of(row, field)
-    if not any(message["content"].strip() for message in messages):
-        raise BadField(field, "is empty: none of its messages has text")
-    if messages[-1]["role"] == "assistant":
-        raise BadField(field, "ends with an assistant turn, which is an answer and not a prompt")
-    return messages
-
-
-def user(text: str) -> list[dict[str, str]]:
+def user(text: str) -> list[dict[str, Any]]:
     """A conversation of one user turn."""
     return [{"role": "user", "content": text}]
-
-
-def asked_of(row: Row, *answers: object) -> str | list[dict[str, str]]:
-    """The prompt; text becomes a user's turn where the answers to it are turns of the assistant."""
-    prompt = prompt_of(row)
-    return user(prompt) if isinstance(prompt, str) and any(isinstance(a, list) for a in answers) else prompt
-
-
-def answer_of(row: Row, field: str, empty: bool = True) -> str:
-    """An answer as text; a list of one assistant message (TRL's conversational form) is taken apart.
-
-    Raises:
-        BadField: not text, another conversation, or blank where it must say something.
-    """
-    if isinstance(row.get(field), list):
-        turns = messages_of(row, field)
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise BadField(field, f"has {len(turns)} turns, expected one by the assistant")
-        row = {field: turns[0]["content"]}
-    return text_of(row, field) if empty else filled(row, field)

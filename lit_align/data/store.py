@@ -28,7 +28,7 @@ from lit_align.disk import replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
-VERSION = 3
+VERSION = 4
 
 FEATURES = Features(
     {

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from lit_align.data.chat import ChatEncoder
 from lit_align.data.files import open_files, read_rows
-from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_of, prompt_of, text_of
+from lit_align.data.messages import prompt_of, tools_of
+from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_of, text_of
 from lit_align.data.source import OnBadRow
 from lit_align.disk import replacing
 from lit_align.models import load_tokenizer
@@ -247,15 +248,17 @@ def _sampled(name: str, number: int, row: Row, encoder: ChatEncoder) -> Sampled:
     Raises:
         BadField: what is wrong with it.
     """
-    prompt = prompt_of(row)
+    prompt, tools = prompt_of(row), tools_of(row)
     answers = list_of(row, "completions")
     texts = [text_of({f"completions[{k}]": text}, f"completions[{k}]") for k, text in enumerate(answers)]
     finished = list_of({"finished": [True] * len(texts), **row}, "finished")
     if len(finished) != len(texts) or not all(isinstance(end, bool) for end in finished):
         raise BadField("finished", f"is {finished!r:.40}, expected true or false for each of {len(texts)} completions")
-    tokens = [encoder.answer(prompt, text, end).tokens for text, end in zip(texts, finished, strict=True)]
+    tokens = [encoder.answer(prompt, text, end, tools).tokens for text, end in zip(texts, finished, strict=True)]
     completions = [Completion(list(ids), end) for ids, end in zip(tokens, finished, strict=True)]
-    return Sampled(name, number, {**row, "finished": finished}, torch.tensor(encoder.prompt(prompt)), completions)
+    return Sampled(
+        name, number, {**row, "finished": finished}, torch.tensor(encoder.prompt(prompt, tools)), completions
+    )
 
 
 def _rollout(batch: list[Sampled]) -> Rollout:

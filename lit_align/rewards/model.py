@@ -79,7 +79,7 @@ class ModelReward(Reward):
             return rollout.examples()
         examples = []
         for row, text, completion in zip(rollout.rows, rollout.texts, rollout.completions, strict=True):
-            ids = self.encoder.prompt(row["prompt"])
-            answer = self.encoder.answer(row["prompt"], text, completion.finished)
+            ids = self.encoder.prompt(row["prompt"], row.get("tools"))
+            answer = self.encoder.answer(row["prompt"], text, completion.finished, row.get("tools"))
             examples.append(Example(Segment(ids, [False] * len(ids)), [answer]))
         return examples

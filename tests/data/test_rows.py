@@ -2,8 +2,8 @@ import math
 
 import pytest
 
+from lit_align.data.messages import ROLES, messages_of, prompt_of
 from lit_align.data.rows import (
-    ROLES,
     BadField,
     BadFile,
     BadRow,
@@ -11,9 +11,7 @@ from lit_align.data.rows import (
     Tally,
     filled,
     list_of,
-    messages_of,
     number_of,
-    prompt_of,
     text_of,
     user,
 )
@@ -98,7 +96,7 @@ def test_list() -> None:
         ({"role": ["user"], "content": "hi"}, r"'m\[1\].role' is \['user'\]"),
         ({"role": "user"}, r"'m\[1\].content' is missing"),
         ({"role": "assistant", "content": None, "tool_calls": []}, r"'m\[1\].content' is null"),
-        ({"role": "user", "content": [{"type": "text", "text": "hi"}]}, r"'m\[1\].content' is list"),
+        ({"role": "user", "content": [{"type": "image"}]}, r"'m\[1\].content\[0\]' is of type 'image': only .* text"),
         ({"role": "user", "content": "\udc80"}, r"'m\[1\].content' is not valid Unicode"),
     ],
 )
@@ -108,7 +106,7 @@ def test_message_that_is_none(turn: object, says: str) -> None:
 
 
 def test_messages_keep_role_and_content_alone() -> None:
-    turns = [{"role": role, "content": role.upper(), "name": "x", "weight": 1} for role in ROLES]
+    turns = [{"role": role, "content": role.upper(), "name": None, "weight": 1} for role in ROLES]
     assert messages_of({"m": turns}, "m") == [{"role": role, "content": role.upper()} for role in ROLES]
 
 
