@@ -38,7 +38,7 @@ def replacing(path: Path, racing: bool = False) -> Iterator[Path]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file, whole or not at all; see `replacing`."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import lit_align.data
 import lit_align.modules
 import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML without their module path
-from lit_align import named_code
+from lit_align import claim, named_code
 from lit_align.callbacks import (
     AtomicCheckpointIO,
     HFExport,
@@ -44,7 +44,7 @@ from lit_align.doctor import examine
 from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
-from lit_align.run_folder import free_folder, requeued_folder, resumed_folder
+from lit_align.run_folder import check_writable, claimed_folder, requeued_folder, resumed_folder
 
 
 class AlignCLI(LightningCLI):
@@ -97,11 +97,14 @@ class AlignCLI(LightningCLI):
             config.out, config.ckpt_path = str(again), "last"
         out = resumed_folder(config.get("ckpt_path"), Path(config.out)) if self.subcommand == "fit" else None
         if out is None:
-            out = free_folder(Path(config.out))
+            out = claimed_folder(Path(config.out))
             if str(out) != config.out:
                 print(f"{config.out} holds another run: this one goes to {out}")
-        elif out.resolve() != Path(config.out).resolve():
-            print(f"goes on in {out}, the folder of the checkpoint")
+        else:
+            claim.take(out, wait=True)
+            if out.resolve() != Path(config.out).resolve():
+                print(f"goes on in {out}, the folder of the checkpoint")
+        check_writable(out, self.subcommand)
         if config.get("ckpt_path") == "best" and self.subcommand == "fit":
             config.ckpt_path = str(Path(config.out) / "checkpoints" / BEST)
         config.out = str(out)
@@ -199,7 +202,7 @@ def run_lightning(args: list[str]) -> AlignCLI:
     cli: type[AlignCLI] = AlignCLI
     if args[0] == "doctor":
         cli, args = DoctorCLI, ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
-    with _quiet_start(), _own_wandb_run(), importable(config_files(args)):
+    with claim.released(), _quiet_start(), _own_wandb_run(), importable(config_files(args)):
         return _lightning(args, cli)
 
 

@@ -26,11 +26,12 @@ from typing import Any, Protocol
 
 import yaml
 
-from lit_align import limits
+from lit_align import claim, limits
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.disk import write_whole
 from lit_align.names import check_folder, check_name
+from lit_align.owned import check_parts, check_report, check_unwritten
 from lit_align.rounds import Slot, unroll
 
 KINDS = ("fit", "predict", "call")
@@ -189,7 +190,30 @@ class Pipeline:
 
         A stage is done when its configuration and its parents' are those it was done with. One whose configuration has
         changed is set aside and run again; one that was interrupted goes on from its last checkpoint.
+
+        Raises:
+            InUseError: another run has the output folder.
+            FileExistsError: the output folder holds files of the user's under names that will be written.
         """
+        with claim.held(self.out, say):
+            self._check_out()
+            return self._run(command, step, say)
+
+    def _check_out(self) -> None:
+        """Refuse an output folder in which the stages or the summary would write over what is not of lit_align.
+
+        Raises:
+            FileExistsError: names the file or the folder, and the way out.
+        """
+        if claim.other_rank():
+            return
+        check_unwritten(self.out, ["summary.json", "manifest.json"])
+        check_report(self.out / "report.html")
+        check_parts(self.out, [stage.name for stage in self.stages])
+        if not (self.out / "manifest.json").exists():  # the mark of the folder, from the start
+            write_whole(self.out / "manifest.json", json.dumps(self._manifest({}), indent=2) + "\n")
+
+    def _run(self, command: RunCommand, step: RunStep, say: Callable[[str], None]) -> dict[str, float]:
         started = time.monotonic()
         keys: dict[str, str] = {}
         for number, stage in enumerate(self.stages, start=1):
@@ -259,7 +283,7 @@ class Pipeline:
         return hashlib.sha256(json.dumps([stage.kind, text, parents]).encode()).hexdigest()[:16]
 
     def _manifest(self, keys: Mapping[str, str]) -> dict[str, Any]:
-        stages = {stage.name: {"key": keys[stage.name], "parents": stage.parents} for stage in self.stages}
+        stages = {stage.name: {"key": keys.get(stage.name), "parents": stage.parents} for stage in self.stages}
         return {**environment(), "pipeline": str(self.file), "seed": self.seed, "stages": stages}
 
 

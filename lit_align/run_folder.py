@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+
+from lit_align import claim
+from lit_align.config_error import ConfigError
+from lit_align.owned import check_replaceable, check_unwritten
 
 
 def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
@@ -16,14 +22,53 @@ def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
     return folder if (folder / "config.yaml").exists() else None
 
 
-def free_folder(folder: Path) -> Path:
-    """The folder itself if no run lies in it, else the same name with the next free number."""
-    if not (folder / "config.yaml").exists():
-        return folder
-    number = 2
-    while (folder.with_name(f"{folder.name}-{number}") / "config.yaml").exists():
-        number += 1
-    return folder.with_name(f"{folder.name}-{number}")
+def free_folder(folder: Path, take: Callable[[Path], bool] = lambda path: True) -> Path:
+    """The folder itself if no run lies in it, else the same name with the next free number.
+
+    Args:
+        folder: which.
+        take: claims a folder; false if another run has it, which is as good as one that lies in it.
+
+    Raises:
+        ConfigError: a run lies in it, and it has no name that a number could follow.
+    """
+    for number in itertools.count(1):
+        if number == 2 and folder.name in ("", ".."):
+            raise ConfigError(f"--out {folder} holds another run or its config.yaml: name a folder for this one")
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        # Looked at once more when it is claimed: the run that had it may have ended between the two.
+        if not (path / "config.yaml").exists() and take(path) and not (path / "config.yaml").exists():
+            return path
+    raise AssertionError
+
+
+def claimed_folder(folder: Path) -> Path:
+    """`free_folder`, claimed until the command ends; in other processes of a distributed run, that of rank 0."""
+    if claim.other_rank():
+        return claim.follow(folder) or free_folder(folder)
+    got = free_folder(folder, claim.taken)
+    claim.share(folder, got)
+    return got
+
+
+# What a command writes into its folder, beside config.yaml and what its callbacks are told to write.
+_WRITTEN = {
+    "fit": ("manifest.json", "metrics.csv", "said.jsonl", "checkpoints", "model"),
+    "predict": ("manifest.json", "metrics.csv", "completions.jsonl"),
+}
+
+
+def check_writable(folder: Path, command: str) -> None:
+    """Refuse a folder in which the command would write over what is not of lit_align.
+
+    Raises:
+        FileExistsError: names the file, and the way out.
+    """
+    if claim.other_rank():
+        return
+    check_unwritten(folder, _WRITTEN.get(command, ("metrics.csv",)))
+    if command == "fit":
+        check_replaceable(folder / "model")
 
 
 def requeued_folder(folder: Path) -> Path | None:

@@ -29,7 +29,7 @@ BELOW = {
     "feedback": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "rounds": set(),
     "pipeline": {"disk", "callbacks", "rounds"},
-    "report": set(),
+    "report": {"disk"},
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
     "sandbox": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "config_error": set(),
@@ -39,7 +39,7 @@ BELOW = {
     "own_modules": set(),
     "shorthand": {"data", "models", "rewards"},
     "parser": {"shorthand"},
-    "run_folder": set(),
+    "run_folder": {"config_error"},
     "sweep": {"disk", "callbacks", "config_files", "pipeline"},
     "commands": {
         "chat",
@@ -66,7 +66,7 @@ BELOW = {
 
 
 # What touches input from outside; they import nothing of lit_align, and every room may import them.
-GUARDS = {"display", "limits", "names", "secret"}
+GUARDS = {"claim", "display", "limits", "names", "owned", "secret"}
 BELOW |= {guard: set() for guard in GUARDS}
 
 

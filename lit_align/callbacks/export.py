@@ -12,6 +12,7 @@ from lit_align.callbacks.chosen import Which, check_choice, chosen
 from lit_align.callbacks.normalize import rescale
 from lit_align.models.export import export
 from lit_align.models.sharding import is_sharded
+from lit_align.owned import check_replaceable
 
 
 class HFExport(Callback):
@@ -34,13 +35,16 @@ class HFExport(Callback):
         self.which = which
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a choice that cannot be made.
+        """Refuse a choice that cannot be made, and a folder that is not an export's to replace.
 
         Raises:
+            FileExistsError: the folder holds files that no export wrote.
             ValueError: the best is asked for, and no metric is monitored.
         """
         if stage == "fit":
             check_choice(trainer, self.which)
+            if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                check_replaceable(self.folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, on the first process, or on all where each has a slice of the model."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ from lit_align.models.merge import merged_model, merged_state_dict
 from lit_align.models.roles import adapter_file, save_adapter
 from lit_align.models.seal import write_seal
 from lit_align.models.sharding import is_sharded
+from lit_align.owned import check_replaceable, free_beside, not_exported
 
 
 def export(
@@ -39,16 +41,19 @@ def export(
     Args:
         model: a transformers model, as `LanguageModel.hf` or `ScalarModel.hf`.
         tokenizer: saved beside it, if given.
-        folder: where to; an earlier export there is replaced.
+        folder: where to; an earlier export there is replaced, and nothing else is. Where others put files into it, it
+            is kept beside, as NAME.replaced-1.
         stop_ids: tokens that end an answer, beside those that the model and the tokenizer name.
         adapter: save the adapter alone, in peft's format, in place of weights and configuration.
         card: the README.md of the folder.
         told: what else `lit_align.json` of the folder says, beside the checksums of its files.
 
     Raises:
-        OSError: the folder cannot be written, the disk being full for one; an earlier export is left as it was.
+        OSError: the folder cannot be written, the disk being full for one, or holds files that no export wrote; what
+            is there is left as it was.
     """
     folder, sliced = Path(folder), is_sharded(model)
+    check_replaceable(folder)
     # Of slices, every process gives its own; the first writes.
     file = adapter_file(model) if adapter else None
     state = merged_state_dict(model) if not adapter and (sliced or has_lora(model)) else None
@@ -88,12 +93,18 @@ def _save_whole(model: PreTrainedModel, state: dict[str, Tensor] | None, folder:
 
 
 def _replace(partial: Path, folder: Path) -> None:
-    """Move a finished folder to its place; what was there goes last."""
+    """Move a finished folder to its place; the earlier export goes last, and stays if others put files into it."""
+    check_replaceable(folder)  # once more: training took its time
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    kept = not_exported(folder)
+    if kept:
+        old = free_beside(folder)
+        rank_zero_info(f"{folder} holds {kept[0]}, which no export wrote: the earlier export is kept in {old}")
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if not kept:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _mend_generation_config(

@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
+from lit_align.disk import write_whole
+from lit_align.owned import check_report
 from lit_align.report import figures
 from lit_align.report.read import RunData, read_run
 
@@ -40,7 +42,12 @@ SHARES = {
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder; nothing on the page is fetched from elsewhere."""
+    """Write `report.html` into a run's folder; nothing on the page is fetched from elsewhere.
+
+    Raises:
+        FileExistsError: a page of that name is not a report.
+        OSError: it cannot be written, the disk being full for one; the earlier one is left as it was.
+    """
     run = read_run(folder)
     environment = Environment(
         loader=PackageLoader("lit_align.report", "."),
@@ -50,7 +57,8 @@ def write_report(folder: Path) -> Path:
     )
     page = environment.get_template("page.html").render(**content(run))
     path = folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    check_report(path)
+    write_whole(path, page)
     return path
 
 

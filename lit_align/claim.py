@@ -1,0 +1,329 @@
+"""Claims: one run at a time writes into a folder.
+
+A claim is the file `.lit-align.lock` in the folder, with the process that made it. The file appears at once with its
+content, by a hard link, which succeeds for one process alone, on network file systems too. It goes when the run ends.
+
+A run that was killed leaves its claim behind. On the same machine the process table shows that its owner is gone. A
+claim of another machine, or of another container, is alive while its file is touched, as its owner does every few
+seconds: the clocks of the machines are not compared.
+
+The processes of one run share its claim: rank 0 makes it, the others look up which folder rank 0 has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+LOCK = ".lit-align.lock"
+_FOLDERS = "LIT_ALIGN_CLAIMED"  # for processes that rank 0 starts: the folder asked for -> the folder claimed
+
+BEAT = 15.0  # seconds between two touches
+SILENCE = 75.0  # seconds without a touch after which an owner elsewhere is taken for dead; caches of NFS hold 60 s
+FOLLOW = 120.0  # seconds that other ranks wait for rank 0
+
+
+class InUseError(ValueError):
+    """Another run has the folder."""
+
+
+class Claim:
+    """The right to write into a folder, until `release`.
+
+    Args:
+        folder: which.
+        made: folders that were made for it, the innermost first; those that are empty at the end go again.
+        text: what the lock file holds; null for a process that shares the claim of rank 0.
+    """
+
+    def __init__(self, folder: Path, made: list[Path], text: str | None) -> None:
+        self.folder, self.made, self.text = folder.absolute(), made, text
+        self._pid = os.getpid()
+
+    def release(self) -> None:
+        """Give the folder back; in a forked child, and a second time, this does nothing."""
+        if self.text is None or os.getpid() != self._pid:
+            return
+        lock = self.folder / LOCK
+        with contextlib.suppress(OSError):
+            if lock.read_text() == self.text:
+                lock.unlink()
+        self.text = None
+        with contextlib.suppress(ValueError):
+            _HELD.remove(self)
+        with contextlib.suppress(OSError):  # one that is not empty stays
+            for folder in self.made:
+                folder.rmdir()
+
+
+_HELD: list[Claim] = []
+_HEART = threading.Lock()
+
+
+def take(folder: Path, wait: bool = False, say: Callable[[str], None] = print) -> Claim:
+    """Claim a folder; it is made if it is not there.
+
+    Args:
+        folder: which.
+        wait: for `SILENCE` seconds, to see whether an owner on another machine is alive.
+        say: tells the user about the wait.
+
+    Raises:
+        InUseError: another run has it; names the process and the way out.
+        OSError: the folder cannot be written to.
+    """
+    if other_rank():
+        return Claim(folder, [], None)
+    folder = folder.absolute()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(_me())
+        while not _create(folder / LOCK, text):
+            _clear(folder, wait, say)
+    except InUseError:
+        raise
+    except FileExistsError as error:
+        raise FileExistsError(f"{error.filename or folder} is a file: --out must name a folder") from error
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: the folder of the run cannot be written", str(folder)) from error
+    claim = Claim(folder, made, text)
+    _HELD.append(claim)
+    _beat()
+    return claim
+
+
+def taken(folder: Path) -> bool:
+    """Claim a folder if no other run has it; until `released` ends."""
+    try:
+        take(folder)
+    except InUseError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def released() -> Iterator[None]:
+    """Release at the end what was claimed within."""
+    before, told = list(_HELD), os.environ.get(_FOLDERS)
+    try:
+        yield
+    finally:
+        os.environ.pop(_FOLDERS, None)
+        if told is not None:
+            os.environ[_FOLDERS] = told
+        for claim in [claim for claim in _HELD if claim not in before]:
+            claim.release()
+
+
+@contextlib.contextmanager
+def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold a folder; see `take` with `wait`."""
+    claim = take(folder, wait=True, say=say)
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+# Several processes of one run.
+
+
+def other_rank() -> bool:
+    """Whether this is a process of a distributed run that is not its first."""
+    rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
+    return (rank.isdigit() and int(rank) > 0) or os.environ.get("NODE_RANK", "0") not in ("", "0")
+
+
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning looks at these, in this order
+
+
+def share(asked: Path, got: Path) -> None:
+    """Tell processes that this one starts which folder the run has."""
+    told = json.loads(os.environ.get(_FOLDERS) or "{}")
+    os.environ[_FOLDERS] = json.dumps({**told, str(asked): str(got)})
+
+
+def follow(asked: Path) -> Path | None:
+    """The folder that rank 0 has claimed, for the other ranks; waits for it. None if there is no way to know."""
+    if (told := json.loads(os.environ.get(_FOLDERS) or "{}")).get(str(asked)):
+        return Path(told[str(asked)])
+    run, end = _run(), time.monotonic() + FOLLOW
+    named = re.compile(re.escape(asked.name) + r"(?:-\d+)?")
+    while run is not None and time.monotonic() < end:
+        for lock in sorted(asked.parent.glob(f"*/{LOCK}")):
+            owner = _owner(lock)
+            if named.fullmatch(lock.parent.name) and owner.get("run") == run and _alive(owner) is not False:
+                return lock.parent
+        time.sleep(0.1)
+    return None
+
+
+def _run() -> str | None:
+    """A name that the processes of one distributed run have in common."""
+    names: tuple[str, ...] = ("MASTER_ADDR", "MASTER_PORT")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", *names)
+    elif "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    values = [os.environ.get(name, "") for name in names]
+    return " ".join(values) if any(values) else None
+
+
+# One process against another.
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "born": _born(os.getpid()),
+        "host": socket.gethostname(),
+        "system": _system(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT"),
+        "run": _run(),
+    }
+
+
+def _system() -> str:
+    """What two processes have in common that see the same process table: this boot, this container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _born(pid: int) -> str | None:
+    """When a process began, in the kernel's units, which tells it from a later one with its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _alive(owner: dict[str, Any]) -> bool | None:
+    """Whether the owner of a claim is there; None if that cannot be seen from here."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and owner.get("job") == job and owner.get("restart") != os.environ.get("SLURM_RESTART_COUNT"):
+        return False  # SLURM ends a job before it starts it again
+    if owner.get("system") != _system() or not isinstance(owner.get("pid"), int):
+        return None
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return owner.get("born") == _born(owner["pid"])
+
+
+def _owner(lock: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(lock.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _create(lock: Path, text: str) -> bool:
+    """Make the lock file with its content at once; False if there is one."""
+    own = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
+    try:
+        own.write_text(text)
+        try:
+            os.link(own, lock)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            return _create_exclusively(lock, text)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
+
+
+def _create_exclusively(lock: Path, text: str) -> bool:
+    try:
+        with lock.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _clear(folder: Path, wait: bool, say: Callable[[str], None]) -> None:
+    """Remove the claim of an owner that is gone.
+
+    Raises:
+        InUseError: it is not, or that cannot be known.
+    """
+    lock = folder / LOCK
+    try:
+        text = lock.read_text()
+    except FileNotFoundError:
+        return  # released meanwhile
+    owner = _owner(lock)
+    alive = _alive(owner)
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}, since {owner.get('since', '?')}"
+    if alive is None and wait:
+        say(f"{folder} is claimed by {who}: waiting up to {SILENCE:.0f} s to see whether that run is still alive")
+        alive = _touched(lock)
+    if alive is not False:
+        unsure = f"; if that process is gone, remove {lock}" if alive is None else ""
+        raise InUseError(
+            f"{folder} is in use by another run ({who}): wait for its end, stop it, or choose another --out{unsure}"
+        )
+    # Of several that find it, one moves it. A claim that is younger than what was read goes back.
+    grave = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
+    with contextlib.suppress(FileNotFoundError):
+        lock.rename(grave)
+        if grave.read_text() != text:
+            with contextlib.suppress(OSError):
+                os.link(grave, lock)
+        grave.unlink()
+
+
+def _touched(lock: Path) -> bool:
+    """Whether a lock file is touched, or gone, within `SILENCE` seconds."""
+
+    def seen() -> float:
+        with lock.open() as file:  # to open a file makes NFS ask for its times
+            return os.fstat(file.fileno()).st_mtime
+
+    try:
+        first, end = seen(), time.monotonic() + SILENCE
+        while time.monotonic() < end:
+            if seen() != first:
+                return True
+            time.sleep(min(1.0, SILENCE / 10))
+    except FileNotFoundError:
+        pass
+    return False
+
+
+def _beat() -> None:
+    """Touch the lock files that this process holds, from a thread of its own, while there are any."""
+    if not _HEART.acquire(blocking=False):
+        return
+
+    def beat() -> None:
+        try:
+            while _HELD:
+                for claim in (*_HELD,):
+                    with contextlib.suppress(OSError):
+                        os.utime(claim.folder / LOCK)
+                time.sleep(BEAT)
+        finally:
+            _HEART.release()
+
+    threading.Thread(target=beat, name="lit-align claims", daemon=True).start()

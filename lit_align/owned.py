@@ -1,0 +1,139 @@
+"""Which files and folders this program wrote. Nothing else is ever removed or replaced.
+
+A run's folder has a `manifest.json` that names lit_align, a stage's a `stage.json`, a sweep's point a `point.json`; an
+exported model has a `lit_align.json` that names its files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# Files that a desktop or an editor puts into any folder.
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
+# What an export of an earlier version, which has no lit_align.json, may hold beside its card.
+_EXPORTED = re.compile(
+    r"(?:adapter_)?config\.json|generation_config\.json|(?:adapter_)?model.*\.safetensors(?:\.index\.json)?|README\.md"
+    r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template\..*|lit_align\.json"
+)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a run, a pipeline, a sweep or one of their parts wrote in this folder."""
+    packages = _json(folder / "manifest.json").get("packages")
+    if isinstance(packages, dict) and "lit_align" in packages:
+        return True
+    return any("key" in _json(folder / name) for name in ("stage.json", "point.json", "done.json"))
+
+
+def foreign(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Those of the names that exist in a folder which is not ours, empty folders left out."""
+    there = [folder / name for name in names if _holds_something(folder / name)]
+    return [] if not there or is_ours(folder) else there
+
+
+def not_exported(folder: Path) -> list[str]:
+    """Names of the files in a folder that no export wrote; none where there is no such folder.
+
+    A link or a file in place of the folder names itself.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return [folder.name]
+    files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() and path.name not in _LITTER]
+    told = _json(folder / "lit_align.json").get("sha256")
+    if isinstance(told, dict):
+        known = {*told, "lit_align.json", "README.md"}
+        return sorted(str(file) for file in files if file.parts[0] not in known)
+    if _card_is_ours(folder / "README.md"):
+        return sorted(str(file) for file in files if not _EXPORTED.fullmatch(file.parts[0]))
+    return sorted(map(str, files))
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is not an exported folder.
+
+    Raises:
+        FileExistsError: names the first file in it, and the way out.
+    """
+    made = folder.is_dir() and not folder.is_symlink()
+    made = made and ("sha256" in _json(folder / "lit_align.json") or _card_is_ours(folder / "README.md"))
+    if not made and (files := not_exported(folder)):
+        more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+        raise FileExistsError(
+            f"{folder} holds {files[0]}{more}, which lit-align did not write, and the model is exported to that name: "
+            "move it away, or choose another --out"
+        )
+
+
+def free_beside(folder: Path) -> Path:
+    """A free name beside a folder, for what it held."""
+    names = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
+    return next(path for path in names if not path.exists())
+
+
+def check_unwritten(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to write into a folder that holds files of the user's under names that will be written.
+
+    Raises:
+        FileExistsError: it does; names the first, and the way out.
+    """
+    if there := foreign(folder, names):
+        more = f" (and {', '.join(path.name for path in there[1:])})" if there[1:] else ""
+        raise FileExistsError(
+            f"{there[0]}{more} was not written by lit-align, and would be: choose another --out, or move it away"
+        )
+
+
+def check_parts(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to run a stage, or a point of a sweep, in a folder that was there before.
+
+    Raises:
+        FileExistsError: there is one; names it, and the way out.
+    """
+    for name in names:
+        if _holds_something(folder / name) and not is_ours(folder / name):
+            raise FileExistsError(
+                f"{folder / name} was not made by lit-align, and the run would write into it: choose another --out, or "
+                "move it away"
+            )
+
+
+def check_report(file: Path) -> None:
+    """Refuse to replace a page that is not a report of lit_align's.
+
+    Raises:
+        FileExistsError: it is not; names it, and the way out.
+    """
+    if not file.exists():
+        return
+    with file.open("rb") as stream:
+        head = stream.read(65536)
+    if b"lit_align" not in head:
+        raise FileExistsError(f"{file} is not a report of lit-align, and would be replaced by one: move it away")
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(entry.name not in _LITTER for entry in path.iterdir())
+    return path.exists() or path.is_symlink()
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _card_is_ours(card: Path) -> bool:
+    """Whether a model card carries the tag of an export's."""
+    try:
+        _, mark, rest = card.read_text().partition("---\n")
+    except (OSError, ValueError):
+        return False
+    return bool(mark) and re.search(r"^- lit_align$", rest.partition("\n---\n")[0], re.MULTILINE) is not None
