@@ -171,6 +171,10 @@ def _parents(config: Any) -> list[str]:
     return list(_named(config))
 
 
+# The run's own, where an earlier attempt may have left a model.
+_OWN_FOLDERS = ("out", "trainer.default_root_dir", "checkpoint.dirpath")
+
+
 def _named(config: Any) -> dict[str, list[str]]:
     """Folders of models and adapters, each with the keys of the configuration that name it."""
     found: dict[str, list[str]] = {}
@@ -180,7 +184,7 @@ def _named(config: Any) -> dict[str, list[str]]:
             for name, item in value.items() if isinstance(value, dict) else enumerate(value):
                 visit(item, f"{key}.{name}" if key else str(name))
         # os.path, which says of a chat template that it is no file; pathlib raises that the name is too long.
-        elif isinstance(value, str) and key != "out" and os.path.isdir(value):
+        elif isinstance(value, str) and key not in _OWN_FOLDERS and os.path.isdir(value):
             with contextlib.suppress(ValueError):  # a folder with several models is not a model's folder here
                 value = find_model(value)
             if holds_model(value):

@@ -88,13 +88,20 @@ def check_unwritten(folder: Path, names: Iterable[str]) -> None:
         )
 
 
-def check_parts(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to run a stage, or a point of a sweep, in a folder that was there before.
+def check_output(folder: Path, names: Iterable[str], parts: Iterable[str]) -> None:
+    """Refuse the output folder of a pipeline or a sweep in which something of the user's would be written over.
+
+    Args:
+        folder: which.
+        names: files that will be written, beside the report.
+        parts: folders of stages, or of a sweep's points.
 
     Raises:
-        FileExistsError: there is one; names it, and the way out.
+        FileExistsError: names the file or the part, and the way out.
     """
-    for name in names:
+    check_unwritten(folder, names)
+    check_report(folder / "report.html")
+    for name in parts:
         if _holds_something(folder / name) and not is_ours(folder / name):
             raise FileExistsError(
                 f"{folder / name} was not made by lit-align, and the run would write into it: choose another --out, or "

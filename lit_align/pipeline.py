@@ -31,7 +31,7 @@ from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.disk import write_whole
 from lit_align.names import check_folder, check_name
-from lit_align.owned import check_parts, check_report, check_unwritten
+from lit_align.owned import check_output
 from lit_align.rounds import Slot, unroll
 
 KINDS = ("fit", "predict", "call")
@@ -207,9 +207,7 @@ class Pipeline:
         """
         if claim.other_rank():
             return
-        check_unwritten(self.out, ["summary.json", "manifest.json"])
-        check_report(self.out / "report.html")
-        check_parts(self.out, [stage.name for stage in self.stages])
+        check_output(self.out, ("summary.json", "manifest.json"), [stage.name for stage in self.stages])
         if not (self.out / "manifest.json").exists():  # the mark of the folder, from the start
             write_whole(self.out / "manifest.json", json.dumps(self._manifest({}), indent=2) + "\n")
 

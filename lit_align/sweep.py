@@ -30,7 +30,7 @@ from lit_align.callbacks.metrics_csv import last_values
 from lit_align.config_files import config_files
 from lit_align.disk import write_whole
 from lit_align.names import check_name
-from lit_align.owned import check_parts, check_report, check_unwritten
+from lit_align.owned import check_output
 from lit_align.pipeline import DONE, load_yaml, read_json, set_aside, write_json
 
 # The keys of W&B's schema; what is not named in this file is for W&B alone.
@@ -242,9 +242,7 @@ class Sweep:
             return self._run(fit, say)
 
     def _run(self, fit: Fit, say: Callable[[str], None]) -> dict[str, Any]:
-        check_unwritten(self.out, ["sweep.json", "manifest.json"])
-        check_report(self.out / "report.html")
-        check_parts(self.out, [point.name for point in self.points])
+        check_output(self.out, ("sweep.json", "manifest.json"), [point.name for point in self.points])
         if "early_terminate" in self.told:
             say("early_terminate is W&B's: here every point runs to its end")
         spent: list[float] = []
