@@ -26,6 +26,7 @@ from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
 from lit_align.models.rms_norm import normalize_in_few_passes
 from lit_align.models.rotary import turn_without_copies
+from lit_align.models.router import route_without_noise
 from lit_align.models.tree_attention import attend_by_tree
 from lit_align.models.trees import compile_for_trees
 
@@ -153,6 +154,8 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
     normalize_in_few_passes(model)
     # from_pretrained returns a model in eval mode, and Lightning leaves it there: dropout off for the whole run.
     model.train()
+    if network.dropout is not None:
+        route_without_noise(model)
     if network.lora is not None:
         add_lora(model, network.lora)
     if network.activation_checkpointing:

@@ -82,7 +82,7 @@ def merged_model(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
             "export with `lora: {export: adapter}`, or take the name out of lora.targets"
         )
     if model.can_generate():
-        plain.generation_config = model.generation_config  # type: ignore[assignment]
+        plain.generation_config = model.generation_config
     return plain
 
 

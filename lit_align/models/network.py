@@ -52,6 +52,9 @@ class Network:
             `linear_cross_entropy`, of torch 2.13 and computing in fp32: less memory, and on a CPU more time. liger:
             Liger's kernel, of GPUs (extra `liger`). What these two do not do (entropies, a nucleus, a head that is more
             than a product) falls to the own one, and the log says so. PPO takes the own one alone.
+        router_loss: weight of the load-balancing loss of a mixture of experts in SFT, DPO and reward models; null is
+            what the model's configuration says: `router_aux_loss_coef` if it has `output_router_logits: true`, else 0.
+            PPO adds none. Where `dropout` is a number, noise in the routing is off too.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
         shared: of PPO's value and reward: no model of its own, but adapters and a head on the policy's backbone. `name`
@@ -67,11 +70,14 @@ class Network:
     activation_checkpointing: bool = False
     compile: bool = False
     head: Head = "own"
+    router_loss: float | None = None
     trust_remote_code: bool = False
     revision: str | None = None
     shared: bool = False
 
     def __post_init__(self) -> None:
+        if self.router_loss is not None and not (0 <= self.router_loss < float("inf")):
+            raise ValueError(f"network.router_loss must be 0 or more, got {self.router_loss}")
         # A Path, from Python; the folder of a run stands for the model in it.
         self.name = find_model(os.fspath(self.name))
         if self.weights == "random" and self.lora is not None and self.lora.export == "adapter":

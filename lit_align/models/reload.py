@@ -78,8 +78,8 @@ def reloaded(model: PreTrainedModel, folder: Path) -> Any:
         base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
         plain = auto.from_pretrained(base, **options, **({} if causal else {"num_labels": 1}))
         choose_experts(plain)
-        rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-        if rows != plain.get_input_embeddings().weight.shape[0]:
+        rows = model.config.get_text_config().vocab_size
+        if rows != plain.config.get_text_config().vocab_size:
             plain.resize_token_embeddings(rows, mean_resizing=False)
         return PeftModel.from_pretrained(plain, str(folder)).to(model.device)
 

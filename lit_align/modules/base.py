@@ -21,6 +21,7 @@ from lit_align.models.sharding import shard
 from lit_align.models.trees import TreeModel
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.restored import check_state
+from lit_align.modules.router import micro_step_with_router
 from lit_align.modules.schedule import Schedule
 from lit_align.modules.strategy import check_strategy, scale_gradients
 from lit_align.modules.zero import ZeROStrategy
@@ -179,7 +180,7 @@ class AlignModule(LightningModule):
 
     def _forward_of(self, batch: Any) -> Tensor:
         with self.working_on(getattr(batch, "packed", batch)):
-            return self.micro_step(batch)
+            return micro_step_with_router(self, batch)
 
     @contextlib.contextmanager
     def working_on(self, batch: PackedBatch) -> Iterator[None]:

@@ -15,6 +15,7 @@ from lit_align.models.lora import adapters_off, has_lora, without_dropout
 from lit_align.models.network import Network, as_network
 from lit_align.modules.base import AlignModule
 from lit_align.modules.memory import memory_for
+from lit_align.modules.router import find_router_loss
 from lit_align.rollout import Engine, Sampling, TransformersEngine, as_rollout, stop_tokens
 from lit_align.types import PackedBatch, PromptBatch, Rollout
 
@@ -62,7 +63,14 @@ class PolicyModule(AlignModule):
         """Load the policy, once."""
         if not hasattr(self, "policy"):
             self.policy = self.spread(LanguageModel(load_causal_lm(self.network), self.network.head))
+            none = None if self.automatic_optimization else type(self).__name__
+            self.router_loss = find_router_loss(self.policy, self.network.router_loss, none)
             self.tokenizer = load_tokenizer(self.network.name, self.network.trust_remote_code, self.network.revision)
+
+    @property
+    def trained_model(self) -> LanguageModel:
+        """The model that micro-batches run on."""
+        return self.policy
 
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""

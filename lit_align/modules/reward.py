@@ -23,6 +23,7 @@ from lit_align.models.network import Network, as_network
 from lit_align.models.scalar import ScalarModel
 from lit_align.modules.base import AlignModule
 from lit_align.modules.metrics import PairAccuracy, hits
+from lit_align.modules.router import find_router_loss
 from lit_align.types import PreferenceBatch
 
 
@@ -73,6 +74,12 @@ class RewardModule(AlignModule):
         """Load the backbone and its head, once."""
         if not hasattr(self, "scorer"):
             self.scorer = self.spread(ScalarModel(load_scorer(self.network)))
+            self.router_loss = find_router_loss(self.scorer, self.network.router_loss)
+
+    @property
+    def trained_model(self) -> ScalarModel:
+        """The model that micro-batches run on."""
+        return self.scorer
 
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""
