@@ -67,11 +67,6 @@ class PolicyModule(AlignModule):
             self.router_loss = find_router_loss(self.policy, self.network.router_loss, none)
             self.tokenizer = load_tokenizer(self.network.name, self.network.trust_remote_code, self.network.revision)
 
-    @property
-    def trained_model(self) -> LanguageModel:
-        """The model that micro-batches run on."""
-        return self.policy
-
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""
         return self.policy.hf

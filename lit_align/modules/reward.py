@@ -76,11 +76,6 @@ class RewardModule(AlignModule):
             self.scorer = self.spread(ScalarModel(load_scorer(self.network)))
             self.router_loss = find_router_loss(self.scorer, self.network.router_loss)
 
-    @property
-    def trained_model(self) -> ScalarModel:
-        """The model that micro-batches run on."""
-        return self.scorer
-
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""
         # A checkpoint brings the buffers back, not the configuration that is saved.

@@ -47,7 +47,7 @@ def micro_step_with_router(module: Any, batch: Any) -> Tensor:
     if loss is None:
         plain: Tensor = module.micro_step(batch)
         return plain
-    model = module.trained_model
+    model = module.policy if hasattr(module, "policy") else module.scorer
     _, before = module._sums.get("loss", (0.0, 0))
     with recorded_router(model) as found:
         total = module.micro_step(batch)
