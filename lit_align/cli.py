@@ -34,6 +34,7 @@ USAGE = """usage: lit-align COMMAND [options]
   pipeline FILE                  the stages of a file, in order, resumable
   sweep FILE                     the points of a W&B sweep file, one after another, resumable
   chat FOLDER                    talk to a model in the terminal
+  export RUN OUT                 the model of a run's folder or of a checkpoint file, as a folder for transformers
   report FOLDER                  the page of a pipeline's or a sweep's run
 
 `COMMAND --help` says more. Errors are one line; set LIT_ALIGN_DEBUG=1 for the traceback.

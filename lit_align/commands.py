@@ -88,6 +88,30 @@ def chat(args: list[str]) -> None:
     converse(Chat(name, told.temperature, told.max_new_tokens, told.system), lines)
 
 
+def export(args: list[str]) -> str:
+    """Write the model of a checkpoint, or of a run's folder, as a folder that plain transformers loads."""
+    parser = _Parser(prog="lit-align export", description=export.__doc__, allow_abbrev=False)
+    parser.add_argument("source", type=Path, help="folder of a run, or a .ckpt file of one")
+    parser.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced, nothing else is")
+    parser.add_argument(
+        "--which", choices=("last", "best"), help="checkpoint of a run's folder; best where a metric was monitored"
+    )
+    parser.add_argument(
+        "--role", choices=("policy", "value", "reward"), help="model of the run; PPO has policy and value"
+    )
+    parser.add_argument("--adapter", action="store_true", help="write the adapter alone; without it, it is merged")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; that of training without it"
+    )
+    parser.add_argument("--config", type=Path, help="config.yaml of the run, for a checkpoint that lies elsewhere")
+    told = parser.parse_args(args)
+    from lit_align.exporting import export_run  # torch and transformers take seconds to import
+
+    said = export_run(told.source, told.out, told.which, told.role, told.adapter, told.dtype, told.config)
+    print(said)
+    return said
+
+
 def _asked(prompt: str) -> str:
     try:
         return input(prompt)
@@ -173,5 +197,6 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "pipeline": pipeline,
     "sweep": sweep,
     "chat": chat,
+    "export": export,
     "report": report,
 }

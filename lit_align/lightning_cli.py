@@ -161,6 +161,27 @@ class DoctorCLI(AlignCLI):
             raise ConfigError(f"{wrong} of {len(findings)} findings would spoil the run: see above")
 
 
+class PartsCLI(DoctorCLI):
+    """Instantiates module and data of a configuration, and runs nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """No-op."""
+
+
+def built(args: list[str]) -> tuple[LightningModule, LightningDataModule | None]:
+    """Module and data module of a configuration, as `fit` would make them.
+
+    Args:
+        args: a command line of `fit`.
+
+    Raises:
+        ConfigError: a configuration that cannot be used.
+    """
+    with _quiet_start(), importable(config_files(args)):
+        cli = _lightning(args, PartsCLI)
+    return cli.model, cli.datamodule
+
+
 def _list(value: Any) -> list[Any]:
     """One, several or none, as a list."""
     return [] if value is None else list(value) if isinstance(value, Iterable) and type(value) is not str else [value]

@@ -41,8 +41,10 @@ BELOW = {
     "parser": {"shorthand"},
     "run_folder": {"config_error"},
     "sweep": {"disk", "callbacks", "config_files", "pipeline"},
+    "exporting": {"callbacks", "config_error", "lightning_cli", "models", "modules"},
     "commands": {
         "chat",
+        "exporting",
         "config_error",
         "model_folder",
         "named_code",

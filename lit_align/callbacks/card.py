@@ -42,7 +42,12 @@ class Ancestor(NamedTuple):
 
 
 def model_card(
-    trainer: Trainer, module: LightningModule, run: Path | None, title: str, picked: Chosen | None = None
+    trainer: Trainer,
+    module: LightningModule,
+    run: Path | None,
+    title: str,
+    picked: Chosen | None = None,
+    model: Any = None,
 ) -> str:
     """README.md of an exported model: method, data, metrics at the end, lineage, versions and configuration.
 
@@ -56,6 +61,7 @@ def model_card(
             without the command line: the card then says what the Trainer knows.
         title: first heading.
         picked: whose step the weights are of; None for the last.
+        model: the transformers model that is exported; None for the module's.
     """
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     manifest = _read(run, "manifest.json")
@@ -65,7 +71,7 @@ def model_card(
     network = getattr(module, "network", None)
     lora = getattr(network, "lora", None)
     adapter = network.name if network is not None and lora is not None and lora.export == "adapter" else None
-    generates = module.exported().can_generate()  # type: ignore[operator]
+    generates = (module.exported() if model is None else model).can_generate()  # type: ignore[operator]
     lineage = list(_lineage(manifest.get("parents") or {}, config))
     if network is not None and network.name not in {ancestor.name for ancestor in lineage}:
         lineage.insert(0, Ancestor(0, network.name, None, None, _roles(config, network.name)))
@@ -79,7 +85,7 @@ def model_card(
         generates=generates,
         data=manifest.get("data") or getattr(datamodule, "manifest", list)(),
         steps=picked.step if picked else trainer.global_step,
-        picked=picked if picked and picked.which == "best" else None,
+        picked=picked if picked and picked.which != "last" else None,
         metrics={name: logged[name] for name in sorted(logged, key=_held_out_first) if name not in ("epoch", "step")},
         lineage=lineage,
         environment=_environment(manifest or environment()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,13 +17,14 @@ from lit_align.callbacks.ema import WeightEMA, averaged
 from lit_align.modules.strategy import FSDP2Strategy
 
 Which = Literal["last", "best"]
+Kept = Literal["last", "best", "checkpoint"]
 
 
 class Chosen(NamedTuple):
     """The weights that are exported.
 
     Attributes:
-        which: last or best.
+        which: last, best, or any other checkpoint.
         step: optimizer step that they are of.
         steps: optimizer steps of the whole run.
         row: `step` of metrics.csv up to which its rows are of that step or earlier.
@@ -31,7 +32,7 @@ class Chosen(NamedTuple):
         score: its value.
     """
 
-    which: Which
+    which: Kept
     step: int
     steps: int
     row: int | None = None
@@ -41,6 +42,8 @@ class Chosen(NamedTuple):
     def __str__(self) -> str:
         if self.which == "last":
             return f"the weights of the last optimizer step, {self.step:,}"
+        if self.which == "checkpoint":
+            return f"the weights of optimizer step {self.step:,} of {self.steps:,}"
         best = f"the best by {self.monitor} ({self.score:.5g})"
         return f"the weights of optimizer step {self.step:,} of {self.steps:,}, {best}"
 
@@ -93,7 +96,9 @@ def chosen(trainer: Trainer, module: LightningModule, which: Which | None) -> It
             yield last
         return
     checkpoint, score = best
-    picked = Chosen("best", checkpoint["global_step"], trainer.global_step, _row(checkpoint), keep.monitor, score)  # type: ignore[union-attr]
+    picked = Chosen(
+        "best", checkpoint["global_step"], trainer.global_step, logged_step(checkpoint), keep.monitor, score
+    )  # type: ignore[union-attr]
     rank_zero_info(f"exported are {picked}")
     if picked.step == picked.steps:  # and nothing is to be read
         with averaged(trainer, module):
@@ -112,7 +117,7 @@ def _best(trainer: Trainer, keep: ModelCheckpoint) -> tuple[dict[str, Any], floa
     return checkpoint, float("nan") if score is None else float(score)
 
 
-def _row(checkpoint: dict[str, Any]) -> int:
+def logged_step(checkpoint: Mapping[str, Any]) -> int:
     """The step of the loggers, which count batches that stepped."""
     return int(checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"])
 
