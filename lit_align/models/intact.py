@@ -182,8 +182,8 @@ def _harmless(key: str, model: nn.Module, scalar: bool) -> bool:
 def check_values(name: str, weights: Mapping[str, Tensor]) -> None:
     """Check that weights are finite, and that no matrix is zero throughout.
 
-    A matrix that is zero in every layer is taken as meant (projections that start from zero); in some layers only, or
-    as the only one of its kind, it is damage.
+    A matrix that is zero in every layer is taken as meant (projections that start from zero), and so is a vocabulary
+    head, from which some start too; in some layers only, or as the only one of its kind, it is damage.
 
     Args:
         name: of the model or file, for the error.
@@ -206,7 +206,7 @@ def check_values(name: str, weights: Mapping[str, Tensor]) -> None:
             )
         if weight.dim() >= 2:
             zero[key] = not bool(weight.any())
-    for key in (key for key, nothing in zero.items() if nothing):
+    for key in (key for key, nothing in zero.items() if nothing and not _VOCABULARY_HEAD.match(key)):
         peers = [other for other in zero if _kind(other) == _kind(key)]
         if len(peers) == 1 or not all(zero[peer] for peer in peers):
             raise ValueError(f"{name}: {key} holds only zeros: the file is damaged; {AGAIN}")

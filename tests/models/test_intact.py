@@ -167,6 +167,7 @@ def test_what_is_zero_by_design() -> None:
     for wrong in ({"embed": none}, {"embed": some, "l.0.up": some, "l.1.up": none}):
         with pytest.raises(ValueError, match=r"(embed|l.1.up) holds only zeros"):
             check_values("m", wrong)
+    check_values("m", {"embed": some, "lm_head.weight": none})  # every token equally probable
     check_values("m", {"large": torch.full((2, 2), 3e38)})  # whose sum overflows in fp32
 
 
