@@ -50,7 +50,8 @@ class CompletionsTable(Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         module: Any = pl_module
-        encoder = ChatEncoder(trainer.datamodule.tokenizer)  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        encoder = ChatEncoder(getattr(data, "tokenizer", None) or module.tokenizer)
         rows: list[dict[str, Any]] = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in self.prompts]
         tokens = [torch.tensor(encoder.prompt(row["prompt"], row.get("tools"))) for row in rows]
         with averaged(trainer, pl_module):

@@ -22,7 +22,7 @@ from lit_align.models.trees import TreeModel
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.restored import check_state
 from lit_align.modules.router import micro_step_with_router
-from lit_align.modules.schedule import Schedule
+from lit_align.modules.schedule import Schedule, training_batches
 from lit_align.modules.strategy import check_strategy, scale_gradients
 from lit_align.modules.zero import ZeROStrategy
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
@@ -144,15 +144,16 @@ class AlignModule(LightningModule):
         trainer = self.trainer
         steps = float("inf")
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            loader: Any = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-            batches, limit = len(loader), trainer.limit_train_batches
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-            per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) * self.optimizer_steps_per_batch
-            steps = per_epoch * trainer.max_epochs
+            batches = training_batches(trainer)
+            if not math.isinf(batches):
+                per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) * self.optimizer_steps_per_batch
+                steps = per_epoch * trainer.max_epochs
         if trainer.max_steps >= 0:
             steps = min(steps, trainer.max_steps)
         if math.isinf(steps):
-            raise ValueError("a schedule needs an end: set trainer.max_epochs or trainer.max_steps")
+            raise ValueError(
+                "a schedule needs an end: set trainer.max_epochs, for a loader with a length, or trainer.max_steps"
+            )
         return int(steps)
 
     # The exact normaliser.

@@ -76,7 +76,8 @@ def reference_table(module: PolicyModule) -> ReferenceTable | None:
     trainer = module.trainer
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     if not hasattr(data, "every_example"):
-        raise ValueError(f"cache_reference needs a PreferenceDataModule, and {type(data).__name__} is none: unset it")
+        given = "a plain loader" if data is None else type(data).__name__
+        raise ValueError(f"cache_reference needs a PreferenceDataModule, and {given} is none: unset it")
     folder = cache_folder("reference")
     if not trainer.strategy.reduce_boolean_decision(can_keep(folder, "the reference is computed in every step")):
         return None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
+
+from lightning import Trainer
 
 
 class Schedule:
@@ -115,3 +117,17 @@ class WSD(Schedule):
     def decay(self, progress: float) -> float:
         """From 1 to 0, before the floor."""
         return 1.0 - progress if self.decay_type == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def training_batches(trainer: Trainer) -> float:
+    """Batches of an epoch on this process, `limit_train_batches` applied; infinite if the loader has no length."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    loader = data.train_dataloader() if data is not None else None
+    try:
+        batches = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        # A loader of `trainer.fit(module, loader)`, several loaders, or one without a length.
+        trainer.fit_loop.setup_data()
+        return trainer.num_training_batches
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
