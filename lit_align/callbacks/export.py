@@ -52,7 +52,8 @@ class HFExport(Callback):
         if exported is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        tokenizer = getattr(datamodule, "tokenizer", None) or getattr(pl_module, "tokenizer", None)
+        own = getattr(datamodule, "tokenizer", None) or getattr(pl_module, "tokenizer", None)
+        tokenizer = getattr(datamodule, "exported_tokenizer", own)
         lora = getattr(getattr(pl_module, "network", None), "lora", None)
         with chosen(trainer, pl_module, self.which) as picked:
             rescale(trainer, pl_module)

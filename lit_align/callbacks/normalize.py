@@ -44,7 +44,8 @@ class NormalizeReward(Callback):
         if not isinstance(pl_module, RewardModule) or not isinstance(data, TextDataModule):
             kinds = f"{type(pl_module).__name__} and {type(data).__name__}"
             raise ValueError(f"NormalizeReward goes with RewardModule and PreferenceDataModule, not with {kinds}")
-        same = ("max_length", "truncate", "chat_template", "on_bad_row", "row_tokens", "share_prefix", "packing")
+        same = ["max_length", "truncate", "chat_template", "template", "on_bad_row"]
+        same += ["row_tokens", "share_prefix", "packing"]
         self.answers = AnswerDataModule(
             data.tokenizer_name,
             train=[],

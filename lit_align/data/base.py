@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,13 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.data.chat import ChatEncoder, Turns, load_encoder
 from lit_align.data.fit import Truncate, over_budget
 from lit_align.data.loader import Loader, Position, evaluation_batches
+from lit_align.data.messages import Messages
 from lit_align.data.mixture import Timeline, check_resumed, order_of, report
 from lit_align.data.order import Order, Ref, hold_out
 from lit_align.data.rows import Row, Tally
 from lit_align.data.source import OnBadRow, Source, as_sources, expand, labels
 from lit_align.data.store import Item, Store, build, items_folder, tokenizer_key
+from lit_align.data.strings import Template
 from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins
 from lit_align.types import Example, PackedBatch
 
@@ -40,7 +43,10 @@ class TextDataModule(LightningDataModule):
         val_batch_size: the same for evaluation; null for `batch_size`.
         max_length: tokens of a sequence, prompt included; longer ones are truncated, and counted.
         truncate: cut the beginning of the prompt, the end of the answer, or never (then it is a bad row).
-        chat_template: Jinja template; null for the tokenizer's own.
+        chat_template: null for the tokenizer's own; or a template by name (qwen3, chatml, llama3, gemma, mistral,
+            phi3, zephyr), a file, or Jinja text.
+        template: auto makes a prompt that is plain text one user's turn of a model that has a chat template; none
+            leaves it as text.
         turns: score all assistant turns of a conversation or the last.
         on_bad_row: stop with an error that names file, row and field; or skip, count and report.
         seed: of the order.
@@ -68,6 +74,7 @@ class TextDataModule(LightningDataModule):
         max_length: int = 1024,
         truncate: Truncate = "prompt",
         chat_template: str | None = None,
+        template: Template = "auto",
         turns: Turns = "all",
         on_bad_row: OnBadRow = "error",
         seed: int = 0,
@@ -98,6 +105,7 @@ class TextDataModule(LightningDataModule):
         self.max_length = max_length
         self.truncate = truncate
         self.chat_template = chat_template
+        self.template: Template = template
         self.turns = turns
         self.on_bad_row = on_bad_row
         self.seed = seed
@@ -249,15 +257,34 @@ class TextDataModule(LightningDataModule):
         """Lay examples out in rows, as this data module's options say."""
         return pack(examples, self.row_tokens, self.share_prefix, self.packing)
 
+    @property
+    def exported_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that goes with the trained model: without the plain template if no row was written by it."""
+        tokenizer, stores = self.tokenizer, self._stores.get("train", [])
+        if self._encoder().written.chat or any(store.tally.languages["plain template"] for store in stores):
+            return tokenizer
+        plain = copy.deepcopy(tokenizer)
+        plain.chat_template = None
+        return plain
+
+    def _write_down(self, prompt: str | Messages, tally: Tally) -> None:
+        tally.write_down(self._encoder().written(prompt)[0])
+
     def _encoder(self) -> ChatEncoder:
         if self.encoder is None:
-            options = self.chat_template, self.turns, self.trust_remote_code, self.revision
+            options = self.chat_template, self.turns, self.template, self.trust_remote_code, self.revision
             self.encoder = load_encoder(expand(self.tokenizer_name), *options)
         return self.encoder
 
     def _build(self, source: Source) -> Store:
         options: list[Any] = [type(self).__qualname__, tokenizer_key(self.tokenizer)]
-        options += [self.max_length, self.truncate, self.turns, *sorted(self.encoding.items())]
+        options += [
+            self.max_length,
+            self.truncate,
+            self.turns,
+            self._encoder().written.wraps,
+            *sorted(self.encoding.items()),
+        ]
         return build(source, self.encode, json.dumps(options), self.on_bad_row, self.cache_dir)
 
     def _report(self, part: str) -> None:

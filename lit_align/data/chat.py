@@ -13,11 +13,14 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lit_align.data.chat_templates import absent_tokens, read_template
 from lit_align.data.messages import Message, Messages, Tools, turn_of
 from lit_align.data.render import NotAppended, Renderer
 from lit_align.data.rows import BadField
+from lit_align.data.strings import Strings, Template
 from lit_align.model_folder import find_model
 from lit_align.types import Segment
 
@@ -41,6 +44,8 @@ class ChatEncoder:
         tokenizer: gets `chat_template`, or the plain one if it has none; export then carries it along.
         chat_template: a Jinja template to use instead of the tokenizer's.
         turns: score every assistant turn of a conversation or the last one only.
+        template: auto makes a prompt of plain text one user's turn, if there is a chat template other than the plain
+            one; none leaves it as text.
 
     Raises:
         ValueError: the template does not write what is said; or no stop token: neither the template nor the tokenizer
@@ -48,15 +53,21 @@ class ChatEncoder:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None, turns: Turns = "all"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        turns: Turns = "all",
+        template: Template = "none",
     ) -> None:
         self.tokenizer = tokenizer
         self.turns = turns
+        chat = chat_template is not None or tokenizer.chat_template is not None
         if chat_template is not None:
             tokenizer.chat_template = chat_template
         else:
             tokenizer.chat_template = template_of(tokenizer)
         self._render = Renderer(tokenizer)
+        self.written = Strings(self._render, chat, template)
         self._template_stop = self._find_stop()
         self._call_stop = self._find_call_stop()
         if not self.stop_ids:
@@ -85,12 +96,13 @@ class ChatEncoder:
         return Segment(ids, [False] + [True] * (len(ids) - 1))
 
     def prompt(self, prompt: str | Messages, tools: Tools | None = None) -> list[int]:
-        """Ids of a prompt: a conversation with the generation prompt after it, or plain text without a template.
+        """Ids of a prompt: a conversation with the generation prompt after it, or text; see `Strings`.
 
         Raises:
             BadField: no tokens come out, so that nothing could predict the answer's first; or the template refuses it,
                 or leaves something of it out.
         """
+        _, prompt = self.written(prompt, tools)
         if isinstance(prompt, str):
             ids = self._with_bos(self.tokens(prompt))
         else:
@@ -115,11 +127,16 @@ class ChatEncoder:
         Raises:
             BadField: the template refuses the answer, or leaves something of it out.
         """
+        spelled = isinstance(prompt, str) and isinstance(answer, str)
+        how, prompt = self.written(prompt, tools)
         if isinstance(prompt, str):
             if not isinstance(answer, str):
                 raise BadField("completion", "has tool calls or reasoning, which text without a template cannot hold")
-            ids = self._ended(self.tokens(answer))
+            stop = self.stop_ids[0 if how == "as it is" else -1]
+            ids = self._ended(self.tokens(answer), stop)
         else:
+            if spelled and self._template_stop is not None:  # some data sets spell it out
+                answer = str(answer).removesuffix(self._spelled(self._template_stop))
             before = self._render(prompt, tools, generation_prompt=True)
             turns = [*prompt, turn_of(answer)]
             after = self._render(turns, tools)
@@ -265,9 +282,9 @@ class ChatEncoder:
         # Blank ones end nothing: some vocabularies have runs of blanks and line breaks as added tokens.
         return {token for token in special - {self.tokenizer.unk_token_id} if self._spelled(token).strip()}
 
-    def _ended(self, ids: list[int]) -> list[int]:
-        """End with the end of sequence, and never with two: some data sets spell it out."""
-        end = self.stop_ids[-1]
+    def _ended(self, ids: list[int], stop: int | None = None) -> list[int]:
+        """End with a stop token, the end of sequence unless given, and never with two: some data sets spell it out."""
+        end = self.stop_ids[-1] if stop is None else stop
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
@@ -281,9 +298,16 @@ class ChatEncoder:
 
 
 def load_encoder(
-    name: str, chat_template: str | None, turns: Turns, trust_remote_code: bool, revision: str | None
+    name: str,
+    chat_template: str | None,
+    turns: Turns,
+    template: Template,
+    trust_remote_code: bool,
+    revision: str | None,
 ) -> ChatEncoder:
     """The encoder of a folder or a hub name; see `TextDataModule`.
+
+    `chat_template` is a name, a file or Jinja text; see `read_template`.
 
     Raises:
         ValueError: no such tokenizer, or one that `ChatEncoder` refuses.
@@ -296,7 +320,14 @@ def load_encoder(
             f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
             f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
         ) from error
-    return ChatEncoder(tokenizer, chat_template, turns)
+    given = None if chat_template is None else read_template(chat_template)
+    encoder = ChatEncoder(tokenizer, given, turns, template)
+    if given is not None and (absent := absent_tokens(given, tokenizer)):
+        rank_zero_info(
+            f"the tokenizer has no tokens {', '.join(absent)}: data.chat_template writes them as ordinary text, and "
+            f"answers end with {tokenizer.convert_ids_to_tokens(encoder.stop_ids[0])}; zephyr needs none of them"
+        )
+    return encoder
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -48,6 +48,7 @@ class InstructionDataModule(TextDataModule):
         """One item for a conversation, one or more for a text."""
         if "text" in row:
             document = _with_something_scored(self._encoder().text(row["text"]), "text")
+            tally.write_down("text")
             pieces = chunk(document, self.max_length)
             return [Item(Example(piece), [], [], group_of(row["text"]), {}) for piece in pieces]
         tools = row.get("tools")
@@ -70,6 +71,7 @@ class InstructionDataModule(TextDataModule):
             raise BadField(
                 next(iter(row)), "belongs to rankings or bare prompts, which hold no demonstration to imitate"
             )
+        self._write_down(prompt, tally)
         return [self._item(sequence, field, prompt, tally) for sequence in sequences]
 
     def _item(self, sequence: Segment, field: str, prompt: Any, tally: Tally) -> Item:

@@ -76,6 +76,7 @@ class PreferenceDataModule(TextDataModule):
     def _tokens(self, row: Row, answers: list[Any], finished: list[bool], tally: Tally) -> Example:
         encoder, prompt, tools = self._encoder(), row["prompt"], row.get("tools")
         ids = encoder.prompt(prompt, tools)
+        self._write_down(prompt, tally)
         branches = [encoder.answer(prompt, answer, end, tools) for answer, end in zip(answers, finished, strict=True)]
         return fit(Example(Segment(ids, [False] * len(ids)), branches), self.max_length, self.truncate, tally, self.bos)
 

@@ -52,6 +52,7 @@ class PromptDataModule(TextDataModule):
         if "completions" in row:
             row = {name: value for name, value in row.items() if name not in JUDGEMENTS}
         ids = self._encoder().prompt(row["prompt"], row.get("tools"))
+        self._write_down(row["prompt"], tally)
         example = fit(Example(Segment(ids, [False] * len(ids))), self.max_length, self.truncate, tally, self.bos)
         return [Item(example, [], [], group_of(row["prompt"]), row)]
 

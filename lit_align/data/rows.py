@@ -83,16 +83,28 @@ class Rows:
 
 
 class Tally(Counter[str]):
-    """What happened to the rows of a source: how many were read, used, skipped, truncated ..., and the first reason."""
+    """What happened to the rows of a source: how many were read, used, skipped, truncated ..., and the first reason.
+
+    Attributes:
+        first_skipped: why the first bad row was left out.
+        languages: how prompts were written: by the chat template, as text; see `data/strings.py`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first_skipped: str | None = None
+        self.languages: Counter[str] = Counter()
 
     def skip(self, error: Exception) -> None:
         """Count a bad row that the user allowed to leave out, and remember the first."""
         self["skipped"] += 1
         self.first_skipped = self.first_skipped or str(error)
+
+    def write_down(self, written: str) -> None:
+        """Count a prompt by how it was written."""
+        self.languages[written] += 1
+        if written == "as it is":
+            self["prompts_in_the_chat_template_already"] += 1
 
     def __str__(self) -> str:
         text = ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in self.items() if count) or "no rows"

@@ -28,7 +28,7 @@ from lit_align.disk import replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
-VERSION = 4
+VERSION = 5
 
 FEATURES = Features(
     {
@@ -166,6 +166,7 @@ def _read(path: Path, key: str) -> Store | None:
         tally = Tally()
         tally.update(told["tally"])
         tally.first_skipped = told["first"]
+        tally.languages.update(told["languages"])
         data = Dataset.from_file(str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException):
         return None
@@ -176,7 +177,12 @@ def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadR
     """Write both files, the items last; processes that race write the same bytes."""
     with replacing(path, racing=True) as items:
         tally = _write(items, source, encode, on_bad_row)
-        counts = {"tally": dict(tally), "first": tally.first_skipped, "bytes": items.stat().st_size}
+        counts = {
+            "tally": dict(tally),
+            "first": tally.first_skipped,
+            "languages": tally.languages,
+            "bytes": items.stat().st_size,
+        }
         with replacing(path.with_suffix(".json"), racing=True) as told:
             told.write_text(json.dumps(counts))
 

@@ -24,6 +24,7 @@ from lit_align.data.files import open_files, read_rows
 from lit_align.data.messages import prompt_of, tools_of
 from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_of, text_of
 from lit_align.data.source import OnBadRow
+from lit_align.data.strings import Template
 from lit_align.disk import replacing
 from lit_align.models import load_tokenizer
 from lit_align.models.load import device_of
@@ -57,6 +58,7 @@ class Selection:
         batch_size: answers scored together.
         on_bad_row: error, or skip to count and leave out a row that does not fit or cannot be scored.
         device: where the reward runs; auto for a GPU if there is one.
+        template: of prompts that are plain text, as `data.template` of the run that sampled the answers.
     """
 
     file = ""
@@ -69,6 +71,7 @@ class Selection:
         batch_size: int = 256,
         on_bad_row: OnBadRow = "error",
         device: str = "auto",
+        template: Template = "auto",
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -78,6 +81,7 @@ class Selection:
         self.batch_size = batch_size
         self.on_bad_row = on_bad_row
         self.device = device
+        self.template: Template = template
 
     def choose(self, row: Row, scores: Sequence[float], tally: Tally) -> Row | None:
         """What to write of a prompt whose answers scored so; None, and why not in the tally, for nothing."""
@@ -96,7 +100,7 @@ class Selection:
         tally, sums = Tally(), dict.fromkeys(("score", "best_score", "worst_score"), 0.0)
         with replacing(out / self.file) as partial:
             with partial.open("w") as file:
-                prompts = self._read(ChatEncoder(tokenizer), tally)
+                prompts = self._read(ChatEncoder(tokenizer, template=self.template), tally)
                 for prompt, scores in tqdm(self._scored(prompts, tally), "scoring", delay=2, leave=False):
                     tally["scored"] += 1
                     for name, value in zip(sums, (sum(scores) / len(scores), max(scores), min(scores)), strict=True):

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.chat import ChatEncoder, template_of
 from lit_align.data.source import expand
+from lit_align.data.strings import Template
 from lit_align.functional.packing import pack
 from lit_align.models.language import LanguageModel
 from lit_align.models.load import load_scorer, load_tokenizer
@@ -28,12 +29,14 @@ class ModelReward(Reward):
     Args:
         network: which model: `{name: FOLDER}`.
         batch_size: sequences scored together.
+        template: of prompts that are plain text, as `data.template` of the run that trained the reward model.
     """
 
-    def __init__(self, network: Network, batch_size: int = 64) -> None:
+    def __init__(self, network: Network, batch_size: int = 64, template: Template = "auto") -> None:
         super().__init__()
         self.network = as_network(network)
         self.batch_size = batch_size
+        self.template: Template = template
         self.model: Scorer | None = None
         self.encoder: ChatEncoder | None = None
 
@@ -59,7 +62,7 @@ class ModelReward(Reward):
         self.model = ScalarModel(load_scorer(self.network, need_head=True)).requires_grad_(False)
         own = load_tokenizer(self.network.name, self.network.trust_remote_code, self.network.revision)
         same = own.get_vocab() == tokenizer.get_vocab() and template_of(own) == template_of(tokenizer)
-        self.encoder = None if same else ChatEncoder(own)
+        self.encoder = None if same else ChatEncoder(own, template=self.template)
 
     @torch.no_grad()
     def forward(self, rollout: Rollout) -> Tensor:

@@ -53,7 +53,8 @@ def test_a_policys_answers_score_0_and_1(
 ) -> None:
     (tmp_path / "answers.json").write_text(json.dumps(ANSWERS))
     out = fitted(parts, tmp_path / "out", [Source(str(tmp_path / "answers.json"), format="answers")], *more, **network)
-    model, encoder = ScalarModel(load_scorer(Network(out), need_head=True)).eval(), ChatEncoder(load_tokenizer(out))
+    model = ScalarModel(load_scorer(Network(out), need_head=True)).eval()
+    encoder = ChatEncoder(load_tokenizer(out), template="auto")
     examples = []
     for row in ANSWERS:
         ids = encoder.prompt(row["prompt"])  # type: ignore[arg-type]

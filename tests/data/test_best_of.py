@@ -42,7 +42,7 @@ def test_tokens_become_rankings(folder: str, tmp_path: Path) -> None:
         "finished": [False] * 4,
     }
     # None was finished, so none ends with the end of sequence; and the best against three others are three pairs.
-    data = PreferenceDataModule(folder, [source], cache_dir="none")
+    data = PreferenceDataModule(folder, [source], template="none", cache_dir="none")
     (item,) = data.encode(row, Tally())
     assert [data.tokenizer.decode(list(branch.tokens)) for branch in item.example.branches] == row["completions"]
     assert item.ranks == [1.0, 1.0, 0.0, 1.0]

@@ -106,7 +106,8 @@ def test_loss_on_all_scores_the_prompt_too(write, tokenizer_folder: str) -> None
     # And what was tokenised for the one is not taken for the other.
     source = Source(write("x.jsonl", [short]))
     for loss_on, scored in (("response", 4), ("all", 10), ("response", 4)):
-        data = InstructionDataModule(tokenizer_folder, [source], loss_on=loss_on, val_fraction=0.0, batch_size=1)
+        options = {"template": "none", "val_fraction": 0.0, "batch_size": 1}
+        data = InstructionDataModule(tokenizer_folder, [source], loss_on=loss_on, **options)
         data.setup("fit")
         (batch,) = data.train_dataloader()
         assert batch.num_scored == scored

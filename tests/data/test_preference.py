@@ -268,7 +268,9 @@ def test_ranks_margins_and_answers_stay_together_in_the_batch(write, tokenizer_f
         ("d" * 5, "z<eos>"): (0.0, 0.0),
     }
     for layout in ({}, {"share_prefix": False}, {"packing": False}, {"row_tokens": 64}):
-        data = PreferenceDataModule(tokenizer_folder, sources, batch_size=4, val_fraction=0.0, **layout)
+        data = PreferenceDataModule(
+            tokenizer_folder, sources, batch_size=4, template="none", val_fraction=0.0, **layout
+        )
         data.setup("fit")
         (batch,) = data.train_dataloader()
         packed = batch.packed

@@ -23,7 +23,7 @@ from lit_align import (
     Reward,
     Source,
 )
-from lit_align.data.rows import BadRow, user
+from lit_align.data.rows import BadRow, Tally, user
 from lit_align.feedback import BestOfN, BestWorstPairs
 from lit_align.types import Rollout
 
@@ -93,7 +93,7 @@ def test_the_best_of_n(model: str, tmp_path: Path) -> None:
     }
     # As SFT reads them: prompt and answer, its stop token at the end.
     data = InstructionDataModule(model, [Source(str(tmp_path / "out" / "best.jsonl"))], cache_dir="none")
-    row = data.encode({"prompt": user("say 1"), "completion": "4 b"}, None)[0]  # type: ignore[arg-type]
+    row = data.encode({"prompt": user("say 1"), "completion": "4 b"}, Tally())[0]
     assert row.example.trunk.scored[-1]
 
 
