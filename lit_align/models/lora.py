@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_align.models.lora_targets import resolve_targets
-from lit_align.models.network import Lora
+from lit_align.models.lora_targets import check_names, ends, resolve_targets, tied_embeddings
+from lit_align.models.network import INITS, Lora
 
 ADAPTER = "lit_align"
 
@@ -33,14 +34,27 @@ def add_lora(model: PreTrainedModel, lora: Lora, name: str = ADAPTER) -> None:
         name: of these adapters.
     """
     modules, parameters = resolve_targets(model, lora.targets)
-    if parameters and lora.dropout:
-        raise ValueError(f"lora.dropout: {lora.dropout} does not reach {parameters[0]}: set it to 0")
+    for key in ("dropout", "dora"):
+        if parameters and getattr(lora, key):
+            raise ValueError(f"lora.{key}: {getattr(lora, key)} does not reach {parameters[0]}: set it to 0 or false")
+    check_names(model, lora.modules_to_save, "modules_to_save")
+    for key in ("rank_pattern", "alpha_pattern"):
+        check_names(model, list(getattr(lora, key)), key)
+    tied = tied_embeddings(model, lora.modules_to_save)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=modules,
         target_parameters=parameters or None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights=INITS[lora.init],
+        modules_to_save=[*(name for name in lora.modules_to_save if not any(ends(t, name) for t in tied)), *tied]
+        or None,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        ensure_weight_tying=bool(tied),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     add_adapter(model, config, name)
@@ -52,7 +66,12 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
     """Inject adapters, of which the first to come stays the one in use."""
     others = [(p, p.requires_grad) for p in model.parameters()] if has_lora(model) else []
     with peft_warnings_off():
-        model.add_adapter(config, adapter_name=name)
+        if others:
+            # Not transformers' add_adapter: it would switch what is trained whole to adapters that have no copy of it.
+            config.base_model_name_or_path = model.name_or_path
+            inject_adapter_in_model(config, model, name)
+        else:
+            model.add_adapter(config, adapter_name=name)
     if others:
         model.set_adapter(ADAPTER)
         for parameter in adapter_parameters(model, name):
@@ -110,7 +129,7 @@ def adapter_on(model: nn.Module, name: str) -> AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _using(model: nn.Module, names: list[str] | None) -> Iterator[None]:
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     before = [(layer.disable_adapters, layer.active_adapters) for layer in layers]
     for layer in layers:
         # Not by enable_adapters and set_adapter: they freeze what is put aside, and thaw what was frozen.

@@ -50,11 +50,9 @@ def resolve_targets(model: PreTrainedModel, targets: list[str]) -> tuple[list[st
         if target == ALL_LINEAR:
             modules |= _all_linear(model, layers)
             continue
-        experts = {
-            name for path, name in loose.items() if _ends(path, target) or _ends(path.rpartition(".")[0], target)
-        }
+        experts = {name for path, name in loose.items() if ends(path, target) or ends(path.rpartition(".")[0], target)}
         parameters |= experts
-        if any(_ends(path, target) for path in layers):
+        if any(ends(path, target) for path in layers):
             modules.add(target)
         elif not experts:
             known = sorted({path.rpartition(".")[2] for path in layers} | set(loose.values()))
@@ -78,6 +76,32 @@ def resolve_targets(model: PreTrainedModel, targets: list[str]) -> tuple[list[st
             stacklevel=2,
         )
     return sorted(modules), sorted(parameters)
+
+
+def check_names(model: nn.Module, names: list[str], option: str) -> None:
+    """Refuse names that no module or parameter ends with.
+
+    Raises:
+        ValueError: names the option and the name.
+    """
+    paths = [_path(path) for path, _ in [*model.named_modules(), *model.named_parameters()]]
+    for name in names:
+        if not any(ends(path, name) for path in paths):
+            known = sorted({path.rpartition(".")[2] for path in paths if path})
+            near = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"lora.{option}: {type(model).__name__} has no module named {name!r}"
+                f"{f', did you mean {near[0]!r}?' if near else ''}"
+            )
+
+
+def tied_embeddings(model: PreTrainedModel, names: list[str]) -> list[str]:
+    """Paths of input and output embeddings that share one weight, if one of them is among the names; else none."""
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    if both[1] is None or getattr(both[0], "weight", None) is not getattr(both[1], "weight", 0):
+        return []
+    paths = [path for path, module in model.named_modules() if any(module is end for end in both)]
+    return paths if any(ends(path, name) for path in paths for name in names) else []
 
 
 def loose_parameters(model: nn.Module) -> dict[str, str]:
@@ -115,5 +139,6 @@ def _path(path: str) -> str:
     return re.sub(r"\.base_layer(?=\.|$)", "", path)
 
 
-def _ends(path: str, name: str) -> bool:
+def ends(path: str, name: str) -> bool:
+    """Whether a path ends with a name, or is it."""
     return path == name or path.endswith(f".{name}")

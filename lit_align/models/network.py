@@ -10,6 +10,13 @@ from lit_align.model_folder import find_model
 
 Head = Literal["own", "torch", "liger"]
 
+# Ways to start adapters that leave the model below as it is, by peft's name.
+INITS: dict[str, bool | Literal["gaussian", "orthogonal"]] = {
+    "default": True,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}
+
 
 @dataclass
 class Lora:
@@ -19,9 +26,18 @@ class Lora:
         r: rank of the update.
         alpha: scale; the update is multiplied by alpha / r.
         dropout: on the adapter's input. Keep 0 for PPO: a policy that drops units is not the policy that sampled.
-        targets: names of the linear layers to adapt, or all-linear for every one but the head.
+        targets: names of the layers to adapt, or all-linear for every linear one but the head; `experts` for those of a
+            mixture, which are parameters without a layer.
         export: what a run leaves: a whole model with the adapters folded in, which the next stage can start from, or
             the adapter alone, megabytes, which peft and transformers put on the model that it was trained on.
+        rslora: multiply the update by alpha / sqrt(r) (Kalajdzievski 2023).
+        dora: learn the length of each row of a weight apart from its direction (Liu et al. 2024).
+        init: how adapters start, always from no update: default (one matrix from a uniform distribution, the other 0),
+            gaussian (from a normal one), orthogonal (two matrices whose product is 0; even ranks).
+        modules_to_save: names of modules that are trained whole beside the adapters, as in embed_tokens and lm_head.
+            Weights that the model ties stay tied.
+        rank_pattern: another rank for some layers, by the end of their name, as in {v_proj: 32}.
+        alpha_pattern: another alpha for some layers, likewise.
     """
 
     r: int = 16
@@ -29,6 +45,29 @@ class Lora:
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     export: Literal["merged", "adapter"] = "merged"
+    rslora: bool = False
+    dora: bool = False
+    init: str = "default"
+    modules_to_save: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, rank in {
+            "r": self.r,
+            **{f"rank_pattern.{key}": rank for key, rank in self.rank_pattern.items()},
+        }.items():
+            if rank < 1:
+                raise ValueError(f"lora.{name} must be 1 or more, got {rank}")
+        if self.init not in INITS:
+            why = " (it changes the model below the adapters, so that the reference would be another model)"
+            reason = why if self.init.split("_")[0] in ("pissa", "olora", "corda", "loftq", "eva", "lora") else ""
+            raise ValueError(f"lora.init must be one of {', '.join(INITS)}, got {self.init!r}{reason}")
+        both = sorted({*self.modules_to_save} & {*self.targets})
+        if both:
+            raise ValueError(
+                f"lora: {both[0]!r} is in targets and in modules_to_save: an adapter or the whole, not both"
+            )
 
 
 @dataclass
