@@ -7,7 +7,9 @@ import sys
 def entry() -> int:
     """Run the command line; what the user can mend ends in one line."""
     from lit_align import versions
+    from lit_align.display import escape_the_rest
 
+    escape_the_rest()
     debug = bool(os.environ.get("LIT_ALIGN_DEBUG"))
     try:
         from lit_align.cli import main
@@ -33,7 +35,9 @@ def entry() -> int:
 
 
 def _failed(message: str) -> int:
-    print(f"lit-align: {' '.join(message.split())}", file=sys.stderr)
+    from lit_align.display import printable
+
+    print(f"lit-align: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1
 
 

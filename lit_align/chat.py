@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from lit_align.display import printable
 from lit_align.model_folder import find_model
 from lit_align.models.load import device_of, load_causal_lm, load_tokenizer
 from lit_align.models.network import Network
+
+
+class _Escaped(TextStreamer):
+    """Prints an answer as it grows, with control characters escaped."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what no further token can change."""
+        print(printable(text, lines=True), flush=True, end="\n" if stream_end else "")
+
 
 HELP = "/new begins a new conversation, /quit or an empty line ends"
 
@@ -78,4 +88,9 @@ def converse(chat: Chat, lines: Iterable[str], write: Callable[[str], Any] = pri
         if text == "/new":
             chat.new()
             continue
-        chat.say(text, TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        before = len(chat.messages)
+        try:
+            chat.say(text, _Escaped(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        except KeyboardInterrupt:  # stops the answer; at the next prompt, it ends the conversation
+            del chat.messages[before:]
+            write(" (stopped, and not remembered)")

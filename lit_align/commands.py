@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +13,7 @@ from typing import Any, NoReturn
 import lit_align
 from lit_align import limits
 from lit_align.config_error import ConfigError, explain
+from lit_align.display import say
 from lit_align.model_folder import find_model, stage_models
 from lit_align.own_modules import importable
 
@@ -66,7 +69,7 @@ def sweep(args: list[str]) -> dict[str, Any]:
     with importable([run.file]):
         result = run.run(main)
     page = _report(run.out)
-    print(f"{table(result)}\nfigures in {run.out / 'sweep.json'}, page in {page}")
+    say(f"{table(result)}\nfigures in {run.out / 'sweep.json'}, page in {page}")
     return result
 
 
@@ -81,7 +84,7 @@ def chat(args: list[str]) -> None:
     name = find_model(told.model, last=True)
     if name != told.model:
         others = [str(model) for model in stage_models(Path(told.model)) if str(model) != name]
-        print(f"model: {name}" + (f" (others: {', '.join(others)})" if others else ""))
+        say(f"model: {name}" + (f" (others: {', '.join(others)})" if others else ""))
     from lit_align.chat import Chat, converse
 
     lines = iter(lambda: _asked("> "), "")
@@ -108,14 +111,20 @@ def export(args: list[str]) -> str:
     from lit_align.exporting import export_run  # torch and transformers take seconds to import
 
     said = export_run(told.source, told.out, told.which, told.role, told.adapter, told.dtype, told.config)
-    print(said)
+    say(said)
     return said
 
 
 def _asked(prompt: str) -> str:
+    # Bytes that are no UTF-8 become replacement characters, which a tokenizer takes.
+    if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "replace":
+        sys.stdin.reconfigure(errors="replace")
     try:
         return input(prompt)
     except EOFError:
+        return ""
+    except KeyboardInterrupt:
+        print()
         return ""
 
 
@@ -148,7 +157,7 @@ def _run(told: argparse.Namespace, file: str | Path) -> dict[str, float]:
     with importable([run.file, *(stage.file for stage in run.stages)]):
         summary = run.run(_command, _step)
     path = _report(run.out)
-    print(f"{summary['seconds']:.0f} s in all; figures in {run.out / 'summary.json'}, page in {path}")
+    say(f"{summary['seconds']:.0f} s in all; figures in {run.out / 'summary.json'}, page in {path}")
     return summary
 
 

@@ -40,6 +40,7 @@ from lit_align.config_error import ConfigError, explain
 from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
+from lit_align.display import escape_record, printable, say
 from lit_align.doctor import examine
 from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
@@ -99,11 +100,11 @@ class AlignCLI(LightningCLI):
         if out is None:
             out = claimed_folder(Path(config.out))
             if str(out) != config.out:
-                print(f"{config.out} holds another run: this one goes to {out}")
+                say(f"{config.out} holds another run: this one goes to {out}")
         else:
             claim.take(out, wait=True)
             if out.resolve() != Path(config.out).resolve():
-                print(f"goes on in {out}, the folder of the checkpoint")
+                say(f"goes on in {out}, the folder of the checkpoint")
         check_writable(out, self.subcommand)
         if config.get("ckpt_path") == "best" and self.subcommand == "fit":
             config.ckpt_path = str(Path(config.out) / "checkpoints" / BEST)
@@ -156,7 +157,7 @@ class DoctorCLI(AlignCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         findings = examine(self.trainer, self.model, self.datamodule)
-        print("\n".join(map(str, findings)))
+        say("\n".join(printable(finding) for finding in findings))
         if wrong := sum(finding.level == "wrong" for finding in findings):
             raise ConfigError(f"{wrong} of {len(findings)} findings would spoil the run: see above")
 
@@ -296,6 +297,7 @@ def _quiet_start() -> Iterator[None]:
 
     for logger in loggers:
         logger.addFilter(wanted)
+        logger.addFilter(escape_record)
     try:
         with warnings.catch_warnings():
             for message in _UPSTREAM:
@@ -304,6 +306,7 @@ def _quiet_start() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(wanted)
+            logger.removeFilter(escape_record)
 
 
 # Warnings that say nothing about the user's run, by how they begin.

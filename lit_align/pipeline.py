@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from lit_align import claim, limits
+from lit_align import claim, display, limits
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.disk import write_whole
@@ -185,7 +185,7 @@ class Pipeline:
             return str(self.out / value[len(self.root) + 1 :])
         return value
 
-    def run(self, command: RunCommand, step: RunStep, say: Callable[[str], None] = print) -> dict[str, float]:
+    def run(self, command: RunCommand, step: RunStep, say: Callable[[str], None] = display.say) -> dict[str, float]:
         """Run what is not done yet; write `summary.json`, and return it.
 
         A stage is done when its configuration and its parents' are those it was done with. One whose configuration has

@@ -24,7 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from lit_align import claim
+from lit_align import claim, display
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.config_files import config_files
@@ -228,7 +228,7 @@ class Sweep:
 
     # Running.
 
-    def run(self, fit: Fit, say: Callable[[str], None] = print) -> dict[str, Any]:
+    def run(self, fit: Fit, say: Callable[[str], None] = display.say) -> dict[str, Any]:
         """Run what is not done yet; write `sweep.json`, and return it.
 
         A point that was interrupted goes on from its last checkpoint; one that fails is noted, and tried again when the

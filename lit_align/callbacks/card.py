@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from lit_align.callbacks.chosen import Chosen
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.data.base import TextDataModule
+from lit_align.display import printable
 
 # Where a run writes, and where it was taken up from, say nothing of the model; nor may two cards differ by them.
 _PLACES = ("out", "config", "ckpt_path", "weights_only", "resume", "checkpoint.dirpath", "trainer.default_root_dir")
@@ -89,15 +91,30 @@ def model_card(
         metrics={name: logged[name] for name in sorted(logged, key=_held_out_first) if name not in ("epoch", "step")},
         lineage=lineage,
         environment=_environment(manifest or environment()),
-        config=yaml.safe_dump(config, sort_keys=False).strip() if config else None,
+        config=(text := yaml.safe_dump(config, sort_keys=False).strip() if config else ""),
+        fence="`" * max(3, *(len(run) + 1 for run in re.findall("`+", text)), 0),
     )
 
 
 def _template() -> Any:
     place = PackageLoader("lit_align.callbacks", ".")
-    return Environment(loader=place, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True).get_template(
-        "card.md"
+    environment = Environment(
+        loader=place,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: printable(value, lines=True) if isinstance(value, str) else value,
     )
+    environment.filters["inline"] = inline
+    return environment.get_template("card.md")
+
+
+def inline(name: object) -> str:
+    """A name within a line of Markdown: one line that ends no code span, no cell of a table, and begins no tag."""
+    text = printable(name)
+    for mark, instead in (("`", "'"), ("|", "\\|"), ("<", "&lt;")):
+        text = text.replace(mark, instead)
+    return text
 
 
 def _front(datamodule: Any, network: Any, method: str, generates: bool, adapter: bool) -> str:

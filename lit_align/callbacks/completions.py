@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_align.callbacks.ema import averaged
 from lit_align.data.chat import ChatEncoder
 from lit_align.disk import write_whole
+from lit_align.display import printable
 from lit_align.modules.strategy import check_strategy
 from lit_align.types import PromptBatch
 
@@ -62,7 +63,12 @@ class CompletionsTable(Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         asked = [row["prompt"][0]["content"] for row in rollout.rows]
         lines = [
-            {"step": step, "prompt": prompt, "answer": text, "finished": completion.finished}
+            {
+                "step": step,
+                "prompt": printable(prompt, True),
+                "answer": printable(text, True),
+                "finished": completion.finished,
+            }
             for prompt, text, completion in zip(asked, rollout.texts, rollout.completions, strict=True)
         ]
         self._write(Path(trainer.default_root_dir) / FILE, lines)

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
+from lit_align.display import say
+
 
 class ProgressLines(ProgressBar):
     """Prints a line every few seconds: step, the metrics of the bar, time to go.
@@ -46,7 +48,7 @@ class ProgressLines(ProgressBar):
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in self.get_metrics(trainer, pl_module).items()
         )
-        print(f"  batch {done}/{total:.0f}  {metrics}  {left:.0f} s left", flush=True)
+        say(f"  batch {done}/{total:.0f}  {metrics}  {left:.0f} s left")
 
     @staticmethod
     def _total_batches(trainer: Trainer) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from lit_align.data.files import expand, open_files, read_bytes, read_rows
 from lit_align.data.formats import FORMATS, recognise
 from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally, missing
+from lit_align.display import printable
 
 OnBadRow = Literal["error", "skip"]
 
@@ -73,7 +74,7 @@ class Source:
     @property
     def short_name(self) -> str:
         """How metrics call it: without folders, endings and slashes."""
-        return self.label or self.name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0] or self.name
+        return printable(self.label or self.name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0] or self.name)
 
     def read(self, on_bad_row: OnBadRow, tally: Tally) -> Iterator[tuple[str, Row]]:
         """Yield (where it stands, row in the one schema).

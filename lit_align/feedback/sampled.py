@@ -26,6 +26,7 @@ from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_o
 from lit_align.data.source import OnBadRow
 from lit_align.data.strings import Template
 from lit_align.disk import replacing
+from lit_align.display import say
 from lit_align.models import load_tokenizer
 from lit_align.models.load import device_of
 from lit_align.rewards import Reward
@@ -109,7 +110,7 @@ class Selection:
                     if (chosen := self.choose(prompt.row, scores, tally)) is not None:
                         file.write(json.dumps(chosen) + "\n")
                         tally["written"] += 1
-            print(f"{self.completions}: {tally}")
+            say(f"{self.completions}: {tally}")
             if not tally["written"]:
                 raise ValueError(f"{self.completions}: nothing to train on is left of {tally}")
         means = {name: total / tally["scored"] for name, total in sums.items()}

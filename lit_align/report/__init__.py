@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
 from lit_align.disk import write_whole
+from lit_align.display import printable
 from lit_align.owned import check_report
 from lit_align.report import figures
 from lit_align.report.read import RunData, read_run
@@ -54,6 +55,7 @@ def write_report(folder: Path) -> Path:
         autoescape=select_autoescape(),
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: printable(value, lines=True) if type(value) is str else value,
     )
     page = environment.get_template("page.html").render(**content(run))
     path = folder / "report.html"

@@ -11,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lit_align.display import printable
 from lit_align.report.read import Curve, RunData
 
 # Wong 2011, "Points of view: Color blindness": told apart by everybody.
@@ -65,7 +66,7 @@ def _svg(figure: Figure) -> str:
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return printable(text[text.index("<svg") :], lines=True)
 
 
 def curves(stage: str, metrics: dict[str, Curve]) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.functional.ensemble import mean_score, uncertainty_weighted_score, worst_case_score
+from lit_align.names import unseen
 from lit_align.rewards.base import Reward
 from lit_align.rewards.given import as_reward
 from lit_align.types import Rollout
@@ -32,6 +33,8 @@ class CombinedReward(Reward):
         names = _numbered([reward.label for reward in rewards]) if names is None else names
         if len(set(names)) != len(rewards) or len(names) != len(rewards):
             raise ValueError(f"{type(self).__name__} has {len(rewards)} rewards and the names {', '.join(names)}")
+        if hidden := [name for name in names if unseen(name)]:
+            raise ValueError(f"{type(self).__name__}: the name {hidden[0]!r} holds characters that cannot be seen")
         self.rewards = nn.ModuleList(rewards)
         self.names = names
         self._said: dict[str, Tensor] = {}
