@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+# The disk is full, one's share of it is used up, a file grows too large, the disk fails, it cannot be written to.
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextlib.contextmanager
@@ -20,6 +24,9 @@ def replacing(path: Path, racing: bool = False) -> Iterator[Path]:
 
     Yields:
         A name beside it, `.NAME.partial`.
+
+    Raises:
+        OSError: the disk is full, or fails; names `path`, which is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{uuid.uuid4().hex}" if racing else ""
@@ -30,8 +37,15 @@ def replacing(path: Path, racing: bool = False) -> Iterator[Path]:
         partial.replace(path)
         with contextlib.suppress(OSError):  # not every file system can
             sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # Most such errors name no file, or the one that is gone.
+        if isinstance(error, OSError) and error.errno in _DISK and error.filename in (None, str(partial)):
+            reason = os.strerror(error.errno)
+            raise OSError(
+                error.errno, f"{reason}: not written, and what was there before is kept", str(path)
+            ) from error
         raise
 
 

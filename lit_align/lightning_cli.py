@@ -25,6 +25,7 @@ import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML w
 from lit_align import claim, named_code
 from lit_align.callbacks import (
     AtomicCheckpointIO,
+    DivergenceGuard,
     HFExport,
     Manifest,
     MetricsCSV,
@@ -126,6 +127,8 @@ class AlignCLI(LightningCLI):
         if told.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in _list(told.callbacks)):
             callbacks.append(progress())
         if self.subcommand == "fit":
+            if not any(isinstance(c, DivergenceGuard) for c in _list(told.callbacks)):
+                callbacks.append(DivergenceGuard())
             callbacks.append(HFExport(out / "model", run=out, which=config.export))
         if self.subcommand == "predict":
             callbacks.append(PredictionsFile(out / "completions.jsonl"))

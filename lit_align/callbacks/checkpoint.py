@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lit_align.callbacks.divergence import DivergenceGuard
 from lit_align.callbacks.metrics_csv import log_ahead
 from lit_align.callbacks.preemption import StopRequest
 from lit_align.disk import replacing
@@ -168,6 +169,13 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_checkpoint(trainer, last)
         elif self._last_checkpoint_saved != last:
             self._link_checkpoint(trainer, self._last_checkpoint_saved, last)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self.save_weights_only:  # then Lightning asks no callback
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, DivergenceGuard):
+                    callback.on_save_checkpoint(trainer, trainer.lightning_module, {})
+        super()._save_checkpoint(trainer, filepath)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # Lightning's removes the older one before the link to it leads to the new one.

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.callbacks.card import model_card
 from lit_align.callbacks.chosen import Which, check_choice, chosen
+from lit_align.callbacks.divergence import check_weights
 from lit_align.callbacks.normalize import rescale
 from lit_align.models.export import export
 from lit_align.models.sharding import is_sharded
@@ -47,7 +48,11 @@ class HFExport(Callback):
                 check_replaceable(self.folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Export, on the first process, or on all where each has a slice of the model."""
+        """Export, on the first process, or on all where each has a slice of the model.
+
+        Raises:
+            Diverged: weights are not finite.
+        """
         exported = getattr(pl_module, "exported", None)
         if exported is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -56,6 +61,7 @@ class HFExport(Callback):
         tokenizer = getattr(datamodule, "exported_tokenizer", own)
         lora = getattr(getattr(pl_module, "network", None), "lora", None)
         with chosen(trainer, pl_module, self.which) as picked:
+            check_weights(trainer, pl_module)
             rescale(trainer, pl_module)
             if not trainer.is_global_zero and not is_sharded(pl_module):
                 return

@@ -73,6 +73,11 @@ class NormalizeReward(Callback):
             scores = torch.cat([scorer(batch) for batch in batches])
         mean, variance = pl_module.moments_over_ranks(scores)
         deviation = variance.sqrt().item()
+        if not (mean.isfinite() and variance.isfinite()):
+            raise ValueError(
+                f"the scores of the answers have the mean {mean:.4g} and the variance {variance:.4g}: nothing can be "
+                "normalised by numbers that are not finite; lower the learning rate, or score in bf16-mixed or fp32"
+            )
         # Scores that are all the same have no unit.
         self.scale = mean.item(), deviation if deviation > 1e-6 else 1.0
         scorer.normalize(*self.scale)

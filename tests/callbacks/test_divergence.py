@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from support.configs import config
+from support.parsers import only
 from torch.utils.data import DataLoader
 
-from lit_align.callbacks import Diverged, DivergenceGuard
+from lit_align.callbacks import Diverged, DivergenceGuard, HFExport, RunCheckpoint
+from lit_align.cli import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
@@ -102,3 +107,101 @@ def test_it_goes_on_from_where_it_was(tmp_path: Path) -> None:
 def test_a_learning_rate_that_is_far_too_high(fit: Callable, tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="train/loss is nan: lower the learning rate"):
         fit(DivergenceGuard(), model={"optimizer": functools.partial(torch.optim.SGD, lr=1e30)}, max_epochs=9)
+
+
+class Poison(Callback):
+    """Gradients that are not finite in a step.
+
+    Args:
+        step: which, from 1.
+        value: what they are.
+    """
+
+    def __init__(self, step: int, value: float = torch.nan) -> None:
+        self.step, self.value = step, value
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        """Set them."""
+        if trainer.global_step + 1 == self.step:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(self.value)
+
+
+def test_weights_of_the_last_step_are_looked_at(fit: Callable, tmp_path: Path) -> None:
+    """The loss before the step is finite, and there is none after it."""
+    with pytest.raises(Diverged, match=r"step 1: weights are not finite \(policy\..*there is no checkpoint yet"):
+        fit(DivergenceGuard(), Poison(1), max_steps=1)
+    with pytest.raises(Diverged, match="weights are not finite"):
+        fit(HFExport(tmp_path / "model"), Poison(1), max_steps=1)
+    assert not (tmp_path / "model").exists()
+    fit(DivergenceGuard(finite=False), Poison(1), max_steps=1)
+
+
+# Kills: a look at the loss alone; a save before the look; a checkpoint of weights alone that goes unseen.
+@pytest.mark.parametrize(("own", "weights_only"), [(False, False), (True, False), (True, True)])
+def test_the_last_finite_checkpoint_is_kept(fit: Callable, tmp_path: Path, own: bool, weights_only: bool) -> None:
+    kind = RunCheckpoint if own else ModelCheckpoint
+    folder = tmp_path / "checkpoints"
+    keep = kind(folder, every_n_train_steps=1, save_last=True, save_weights_only=weights_only)
+    with pytest.raises(Diverged, match=r"step 3: (weights are|train/loss is).*before is .*last\.ckpt"):
+        fit(DivergenceGuard(), Poison(3), keep, enable_checkpointing=True)
+    saved = torch.load(folder / "last.ckpt", weights_only=False)
+    assert saved["global_step"] == 2
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+
+
+class Scaled(MixedPrecision):
+    """fp16-mixed's plugin with a scaler, in fp32 on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("bf16-mixed", "cpu")
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+
+
+# Kills: gradients of a step that the scaler skips taken for a run that has gone wrong.
+def test_a_step_that_the_scaler_skips_is_fine(fit: Callable) -> None:
+    class Norm(Callback):
+        def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+            module.log("train/grad_norm", norm)
+
+    plugin = Scaled()
+    trainer = fit(DivergenceGuard(), Poison(2, torch.inf), Norm(), plugins=[plugin], max_steps=4)
+    assert trainer.global_step == 4
+    assert plugin.scaler.get_scale() < 2.0**4
+    with pytest.raises(Diverged, match="train/grad_norm is inf"):
+        fit(DivergenceGuard(), Poison(2, torch.inf), Norm(), max_steps=4)
+
+
+def test_a_module_that_logs_nothing(tmp_path: Path) -> None:
+    class Silent(Scripted):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            return self.weight.sum() * (torch.nan if batch_idx == 2 else 1.0)
+
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, callbacks=[DivergenceGuard()], enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    with pytest.raises(Diverged, match="step 3: the loss is nan"):
+        trainer.fit(Silent(), DataLoader(torch.zeros(4, 1), batch_size=1))
+
+
+# Kills: no guard from the command line; a guard beside the user's.
+@pytest.mark.parametrize("given", [False, True])
+def test_from_the_command_line(
+    parts: tuple[str, Path], tmp_path: Path, given: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only("fit", monkeypatch)
+    trainer: dict[str, Any] = {"max_steps": 4, "enable_progress_bar": False, "limit_val_batches": 0}
+    content = config("sft", *parts, tmp_path / "run", **trainer)
+    content["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e38}}
+    del content["model"]["init_args"]["schedule"]
+    content["data"]["init_args"]["cache_dir"] = "none"
+    if given:
+        content["trainer"]["callbacks"] = [{"class_path": "lit_align.callbacks.DivergenceGuard"}]
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    with pytest.raises(Diverged, match="stopped at optimizer step"):
+        main(["fit", "-c", str(tmp_path / "run.yaml")])
+    assert not (tmp_path / "run" / "model").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -36,7 +36,7 @@ def test_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
     whole = Path.write_text
 
-    def interrupted(self: Path, text: str) -> None:
+    def interrupted(self: Path, text: str, **options: str) -> None:
         whole(self, text[: len(text) // 2])
         raise OSError("no space left on device")
 
