@@ -54,6 +54,7 @@ def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule
     if not isinstance(module, AlignModule) or not isinstance(data, TextDataModule):
         kinds = f"{type(module).__name__} and {type(data).__name__}"
         raise ValueError(f"doctor knows the modules and data modules of lit_align, not {kinds}")
+    data.module = module
     data.prepare_data()
     data.setup("fit")
     findings = [*rows(data), *held_out(data)]

@@ -120,6 +120,7 @@ class TextDataModule(LightningDataModule):
         self._stores: dict[str, list[Store]] = {}
         self._order: Order | None = None
         self._held_out: list[Ref] = []
+        self.module: Any = None  # that takes the batches, where no trainer tells
         self.batches_per_epoch: int | None = None  # where another data module's batches set the pace
         self.evaluated: list[str] = []  # names of the sources that the numbers in `PackedBatch.origin_E` stand for
 
@@ -134,6 +135,15 @@ class TextDataModule(LightningDataModule):
     def collate(self, items: Sequence[Item]) -> Any:
         """A batch from items."""
         raise NotImplementedError
+
+    def usable(self, store: Store, name: str) -> np.ndarray | None:
+        """Which items of a source the module can use, true or false for each; None for all."""
+        return None
+
+    @property
+    def consumer(self) -> Any:
+        """The module that takes the batches; None where it is not known."""
+        return getattr(self.trainer, "lightning_module", None) or self.module
 
     # What Lightning asks for.
 
@@ -297,6 +307,7 @@ class TextDataModule(LightningDataModule):
         kept, self._held_out = hold_out(
             [len(store) for store in stores], lambda: [group for store in stores for group in store.groups()], fraction
         )
+        kept, self._held_out = self._only_usable(kept)
         if self._sorts_by_length:
             self._check_lengths(kept)  # now, and not in every worker
         size = self.batch_size * self._world
@@ -306,6 +317,14 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None or not self._order.begins:  # whose phases are those of no training
             for line in report(sources, self._order, timeline):
                 rank_zero_info(line)
+
+    def _only_usable(self, kept: list[np.ndarray]) -> tuple[list[np.ndarray], list[Ref]]:
+        """Of the items to train on and of those held out the ones that the module can use."""
+        sources = zip(self._stores["train"], self.sources["train"] or (), strict=True)
+        masks = [self.usable(store, source.name) for store, source in sources]
+        kept = [items if mask is None else items[mask[items]] for items, mask in zip(kept, masks, strict=True)]
+        held_out = [(s, i) for s, i in self._held_out if (mask := masks[s]) is None or mask[i]]
+        return kept, held_out
 
     @property
     def _sorts_by_length(self) -> bool:
@@ -359,7 +378,7 @@ class TextDataModule(LightningDataModule):
         if self.sources[part] is None:
             part = "val" if self.sources["val"] is not None else "train"
         stores, self.evaluated = self._stores[part], labels(self.sources[part] or ())
-        refs = self._held_out if part == "train" else _every(stores)
+        refs = self._held_out if part == "train" else self._usable_refs(stores, part)
         if not refs:
             raise ValueError(
                 f"there are no examples to evaluate: raise val_fraction, which is {self.val_fraction}, or give `{part}`"
@@ -367,6 +386,11 @@ class TextDataModule(LightningDataModule):
                 else f"there are no examples in the {part} sources: the counts above say what happened to the rows"
             )
         return self._evaluating(stores, refs)
+
+    def _usable_refs(self, stores: Sequence[Store], part: str) -> list[Ref]:
+        sources = zip(stores, self.sources[part] or (), strict=True)
+        masks = [self.usable(store, source.name) for store, source in sources]
+        return [(s, i) for s, i in _every(stores) if (mask := masks[s]) is None or mask[i]]
 
     def _evaluating(self, stores: Sequence[Store], refs: Sequence[tuple[int, int]]) -> Loader:
         """This rank's part of examples that are looked at once."""

@@ -30,7 +30,7 @@ from lit_align.data.messages import (
     system_of,
     with_system,
 )
-from lit_align.data.rankings import answers, finished_of, grades, rankings, share_of, unpaired
+from lit_align.data.rankings import VERDICTS, answers, finished_of, grades, rankings, share_of, unpaired, verdict_of
 from lit_align.data.rows import KINDS, BadField, Row, filled, list_of, number_of, text_of, user
 
 Reader = Callable[[Row], list[Row]]
@@ -247,6 +247,14 @@ _SIGNS: list[tuple[str, set[str]]] = [
 ]
 
 
+def _is_judged(row: Row) -> bool:
+    """Whether a row is one answer with a verdict on it; beside conversations a label of 1 or 0 may be a class."""
+    if {"prompt", "completion"} <= set(row) and any(verdict_of(row.get(name)) is not None for name in VERDICTS):
+        return True
+    demonstrated = {"messages", "conversations", "output"} & set(row)
+    return bool(demonstrated) and any(isinstance(row.get(name), bool) for name in VERDICTS)
+
+
 def recognise(row: Row) -> str:
     """Name the format of a raw row by its columns.
 
@@ -254,7 +262,7 @@ def recognise(row: Row) -> str:
         BadField: no format has these columns.
     """
     columns = set(row)
-    if {"prompt", "completion"} <= columns and isinstance(row.get("label"), bool):
+    if _is_judged(row):
         return "unpaired"
     for name, needs in _SIGNS:
         if not needs <= columns:
@@ -268,3 +276,16 @@ def recognise(row: Row) -> str:
         ", ".join(sorted(columns)) or "(none)",
         f"fits no known format: set `format` to one of {', '.join(FORMATS)}, and `columns` to map names",
     )
+
+
+# Formats that one file may mix: a row says which it is.
+PREFERENCES = ("pairs", "rankings", "unpaired")
+
+
+def among_preferences(row: Row, first: str) -> str:
+    """Name the format of a row in a file of preferences; that of the first row where it tells of no other."""
+    try:
+        kind = recognise({name: value for name, value in row.items() if value is not None})
+    except BadField:
+        return first
+    return kind if kind in PREFERENCES else first

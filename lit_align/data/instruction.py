@@ -52,6 +52,11 @@ class InstructionDataModule(TextDataModule):
             pieces = chunk(document, self.max_length)
             return [Item(Example(piece), [], [], group_of(row["text"]), {}) for piece in pieces]
         tools = row.get("tools")
+        if "label" in row:
+            if not row["label"]:
+                tally["answers_labelled_false"] += 1  # nothing to imitate
+                return []
+            row = {"prompt": row["prompt"], "completion": row["completions"][0]}
         if "messages" in row:
             field, messages = "messages", row["messages"]
             speaks = [i for i, message in enumerate(messages) if message["role"] == "assistant"]

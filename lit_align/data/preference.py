@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_align.data.annotators import merged_shares
@@ -19,7 +21,7 @@ from lit_align.data.instruction import group_of
 from lit_align.data.messages import says_nothing
 from lit_align.data.rows import BadField, Row, Tally
 from lit_align.data.source import Source
-from lit_align.data.store import Item
+from lit_align.data.store import Item, Store
 from lit_align.types import Example, PreferenceBatch, Segment
 
 
@@ -32,9 +34,10 @@ class PreferenceDataModule(TextDataModule):
     learns from it; an empty answer is kept (the model stopped at once).
 
     Args:
-        keep_ties: keep prompts whose answers all tie, and single answers with a grade or a label: RewardModule's
-            davidson learns from ties, its bradley_terry from people who disagree one to one, its regression from any
-            grade, and DPOModule's kto from single answers that are wanted or not.
+        keep_ties: keep prompts whose answers all tie, and single answers with a grade: RewardModule's davidson learns
+            from ties, its bradley_terry from people who disagree one to one, its regression from any grade. Single
+            answers with a label (prompt, completion, label) are kept for DPOModule's kto without it, and left out and
+            counted for a loss that compares answers.
         options: those of `TextDataModule`.
     """
 
@@ -64,7 +67,9 @@ class PreferenceDataModule(TextDataModule):
             return [fmean(values[k] for k in same) for same in groups]
 
         ranks, grades = mean(row["ranks"]), mean(row["scores"]) if row.get("scores") else []
-        if len(set(ranks)) < 2 and not (self.keep_ties and (len(ranks) > 1 or grades)):
+        if "label" in row:
+            tally["judged_one_by_one"] += 1
+        elif len(set(ranks)) < 2 and not (self.keep_ties and (len(ranks) > 1 or grades)):
             tally["nothing_to_compare"] += 1
             return []
         tally["ties"] += len(ranks) - len(set(ranks))
@@ -72,6 +77,25 @@ class PreferenceDataModule(TextDataModule):
         shares = merged_shares(row["shares"], groups) if row.get("shares") else []
         example = Example(trunk, [branches[same[0]] for same in groups])
         return [Item(example, ranks, margins, group_of(row["prompt"]), {}, shares, grades)]
+
+    def usable(self, store: Store, name: str) -> np.ndarray | None:
+        """Which items the module learns from; None for all. A loss that compares answers takes no single ones.
+
+        Raises:
+            ValueError: there are only single answers.
+        """
+        module = self.consumer
+        if self.keep_ties or module is None or getattr(module, "single_answers", False) or not len(store):
+            return None
+        compares = store.num_answers() > 1
+        if alone := int((~compares).sum()):
+            loss = getattr(module, "loss_name", None)
+            what = f"{type(module).__name__}{f' with loss: {loss}' if loss else ''} compares answers to one prompt"
+            said = f"{name}: {alone:,} of {len(store):,} examples are one answer with a label"
+            if alone == len(store):
+                raise ValueError(f"{said}, and {what}: set DPOModule's loss: kto, or give pairs (chosen, rejected)")
+            rank_zero_info(f"{said}, and are left out: {what} (DPOModule's loss: kto learns from them)")
+        return compares
 
     def _tokens(self, row: Row, answers: list[Any], finished: list[bool], tally: Tally) -> Example:
         encoder, prompt, tools = self._encoder(), row["prompt"], row.get("tools")

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_align.data.annotators import ranks_of, shares_of
-from lit_align.data.messages import answer_of, asked_of
-from lit_align.data.rows import BadField, Row, list_of, number_of
+from lit_align.data.demonstrations import alpaca, messages, sharegpt
+from lit_align.data.messages import answer_in, answer_of, asked_of
+from lit_align.data.rows import BadField, Row, list_of, missing, number_of
 
 
 def rankings(row: Row) -> list[Row]:
@@ -35,6 +36,8 @@ def rankings(row: Row) -> list[Row]:
         ranked |= _ranks(row, len(texts))
     if row.get("margins") is not None:
         ranked["margins"] = _per_answer(row, "margins", len(texts), number_of)
+    if len(texts) == 1 and isinstance(row.get("label"), bool):
+        ranked["label"] = row["label"]
     return [ranked | finished_of(row, len(texts))]
 
 
@@ -68,18 +71,48 @@ def grades(row: Row) -> list[Row]:
     return [{**asked_of(row, row["completion"]), "completions": [answer], "ranks": [0.0], "scores": [score]}]
 
 
+# What data sets write for an answer that is wanted, and for one that is not.
+_WANTED = {"true": True, "1": True, "yes": True, "chosen": True, "desirable": True, "good": True}
+_WANTED |= {"false": False, "0": False, "-1": False, "no": False, "rejected": False, "undesirable": False, "bad": False}
+VERDICTS = ("label", "kto_tag")
+
+
+def verdict_of(value: object) -> bool | None:
+    """What a label says: true, false, 1, 0, "chosen", "rejected", ...; None if it is no such label."""
+    if isinstance(value, str):
+        return _WANTED.get(value.strip().lower())
+    return None if not isinstance(value, (bool, int, float)) or value not in (1, 0, -1) else value > 0
+
+
 def unpaired(row: Row) -> list[Row]:
-    """A prompt, one completion, and a label: true if it is wanted, false if not. KTO learns from these."""
-    wanted = _truth(row, "label")
-    answer = answer_of(row, "completion")
-    return [
-        {
-            **asked_of(row, row["completion"]),
-            "completions": [answer],
-            "ranks": [float(not wanted)],
-            "scores": [float(wanted)],
-        }
-    ]
+    """A demonstration (prompt and completion, or another form of one) and a label: true if it is wanted, false if not.
+
+    The label is true or false, 1 or 0, "chosen" or "rejected", or LLaMA-Factory's `kto_tag`. KTO learns from these.
+    """
+    field = next((name for name in VERDICTS if row.get(name) is not None), VERDICTS[0])
+    wanted = verdict_of(row.get(field))
+    if wanted is None:
+        problem = missing(row) if field not in row else f"is {row[field]!r:.40}, expected true or false"
+        raise BadField(field, f"{problem}; if it is no verdict on the answer, set format")
+    asked, answer = _judged(row)
+    judged = {"completions": [answer], "ranks": [float(not wanted)], "scores": [float(wanted)], "label": wanted}
+    return [{**asked, **judged}]
+
+
+def _judged(row: Row) -> tuple[Row, Any]:
+    """What a row with a verdict asks, and the answer that was judged."""
+    readers = (("messages", messages), ("conversations", sharegpt), ("instruction", alpaca))
+    reader = next((reader for column, reader in readers if column in row), None)
+    if reader is None or "completion" in row:
+        return asked_of(row, row.get("completion")), answer_of(row, "completion")
+    (held,) = reader(row)
+    tools = {"tools": held["tools"]} if "tools" in held else {}
+    if "completion" in held:
+        return {"prompt": held["prompt"], **tools}, held["completion"]
+    *prompt, last = held["messages"]
+    if last["role"] != "assistant" or not prompt:
+        raise BadField("messages", "must end with an assistant turn after a prompt, as a label judges its answer")
+    return {"prompt": prompt, **tools}, answer_in(last, "messages")
 
 
 def answers(row: Row) -> list[Row]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lit_align.data.files import expand, open_files, read_bytes, read_rows
-from lit_align.data.formats import FORMATS, recognise
+from lit_align.data.formats import FORMATS, PREFERENCES, among_preferences, recognise
 from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally, missing
 from lit_align.display import printable
 
@@ -84,14 +84,15 @@ class Source:
             BadFile: a file that cannot be read to its end.
             ValueError: no such file, data set or environment variable; or no rows in it.
         """
-        reader = None if self.format == "auto" else FORMATS[self.format]
+        reader, kind = None if self.format == "auto" else FORMATS[self.format], None
         for origin, number, raw in self._raw(on_bad_row, tally):
             tally["rows"] += 1
             try:
                 row = self._rename(raw)
                 if reader is None:
-                    reader = FORMATS[recognise(row)]
-                held = reader(row)
+                    kind = recognise(row)
+                    reader = FORMATS[kind]
+                held = (reader if kind not in PREFERENCES else FORMATS[among_preferences(row, kind)])(row)
                 if not held:  # a tree that nobody ranked, for one
                     tally["rows_with_nothing_to_learn"] += 1
                 for read in held:

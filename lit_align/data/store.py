@@ -28,7 +28,7 @@ from lit_align.disk import replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
-VERSION = 5
+VERSION = 6
 
 FEATURES = Features(
     {
@@ -112,6 +112,10 @@ class Store:
         chunks = self.data.data.column("branches").chunks
         answers, in_answers = np.concatenate([np.empty((2, 0), int), *map(_answers, chunks)], axis=1)
         return trunk * (1 if share_prefix else np.maximum(answers, 1)) + in_answers
+
+    def num_answers(self) -> np.ndarray:
+        """Branches of every item. Shape (items,)."""
+        return pc.list_value_length(self.data.data.column("branches")).to_numpy()
 
     def groups(self) -> list[str]:
         """Group of every item."""

@@ -28,8 +28,8 @@ class DPOModule(ReferencePointModule):
     """Trains a policy on preferences (Rafailov et al. 2023). One example is one prompt with all its ranked answers.
 
     The pairs of a prompt weigh 1 / C(K, 2) each. KTO's reference point is estimated from prompts with answers to other
-    prompts, as `ReferencePointModule` says. Answers that are judged one by one (rows of prompt, completion and label)
-    are kept by `data.keep_ties`.
+    prompts, as `ReferencePointModule` says. It takes answers that are judged one by one (rows of prompt, completion and
+    label) too; the other losses compare answers to one prompt.
 
     Args:
         network: the policy, an SFT model.

@@ -41,7 +41,7 @@ class ReferencePointModule(ReferencedModule):
         super().__init__(network, **options)
         if kto and self.cache_reference:
             raise ValueError("loss: kto shows the reference other answers in every epoch: unset model.cache_reference")
-        self.kto = kto
+        self.kto = self.single_answers = kto  # the latter tells the data to keep answers that were judged one by one
         self.register_buffer("reference_point", torch.zeros((), dtype=torch.float64), persistent=kto)
         self._log_ratios: list[Tensor] = []
 

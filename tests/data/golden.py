@@ -107,7 +107,7 @@ GOLDEN: dict[str, tuple[str, dict, list[dict]]] = {
     "unpaired": (
         "unpaired",
         {"prompt": [HI], "completion": [YO], "label": False},
-        [{"prompt": [HI], "completions": ["Yo"], "ranks": [1.0], "scores": [0.0]}],
+        [{"prompt": [HI], "completions": ["Yo"], "ranks": [1.0], "scores": [0.0], "label": False}],
     ),
     "pairs, sampled": (
         "pairs",

@@ -153,7 +153,7 @@ BAD: list[tuple[tuple[str, dict], str]] = [
     (changed("pair_labels", preference=None), "'preference' is NoneType"),
     (changed("pair_labels", question=DROP), "'question' is missing"),
     (changed("pair_labels", **{"prediction 3": None}), "'prediction 3' is null"),
-    (changed("unpaired", label=1), "'label' is 1, expected true or false"),
+    (changed("unpaired", label=2), "'label' is 2, expected true or false"),
     (changed("unpaired", completion=None), "'completion' is null"),
     (changed("rankings", ranks=[0, 1]), "'ranks' has 2 entries for 3 completions"),
     (changed("rankings", ranks=DROP), "'ranks' is missing"),
