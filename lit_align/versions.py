@@ -89,6 +89,15 @@ def advice(error: BaseException) -> str | None:
     return f"installed versions that were not tested: {', '.join(suspects.values())}{way_out}"
 
 
+def tested_together(*names: str) -> str:
+    """One sentence on packages that have to fit each other: which versions are installed, and which were tested."""
+    pins = tested()
+    here = ", ".join(f"{name} {installed(name)}" for name in names)
+    known = [f"{name}=={pins[name]}" for name in names if name in pins]
+    way_out = f"; tested: {', '.join(known)} (pip install {' '.join(map(repr, known))})" if known else ""
+    return f"installed: {here}{way_out}"
+
+
 def failed_import(error: BaseException) -> str:
     """One line for a dependency that cannot be imported."""
     what = f"a dependency cannot be imported: {type(error).__name__}: {error}"

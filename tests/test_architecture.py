@@ -17,7 +17,7 @@ BELOW = {
     "functional": {"types"},
     "model_folder": set(),
     "data": {"types", "disk", "cache", "functional", "model_folder"},
-    "models": {"types", "disk", "functional", "model_folder"},
+    "models": {"types", "disk", "functional", "model_folder", "versions"},
     "rollout": {"types", "functional", "data", "models"},
     "rewards": {"types", "functional", "data", "models"},
     "modules": {"types", "cache", "functional", "models", "rollout", "rewards"},

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_align.models.lora_targets import check_names, ends, resolve_targets, tied_embeddings
 from lit_align.models.network import INITS, Lora
+from lit_align.versions import tested_together
 
 ADAPTER = "lit_align"
 
@@ -71,7 +72,14 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, name: str) -> None:
             config.base_model_name_or_path = model.name_or_path
             inject_adapter_in_model(config, model, name)
         else:
-            model.add_adapter(config, adapter_name=name)
+            try:
+                model.add_adapter(config, adapter_name=name)
+            except (ImportError, ValueError) as error:
+                if "version of PEFT" not in str(error):
+                    raise
+                raise ValueError(
+                    f"lora: {' '.join(str(error).split())}; {tested_together('peft', 'transformers')}"
+                ) from error
     if others:
         model.set_adapter(ADAPTER)
         for parameter in adapter_parameters(model, name):

@@ -15,6 +15,7 @@ from lit_align.models import LanguageModel, Lora, Network, load_causal_lm, load_
 from lit_align.models.lora import adapters_off
 from lit_align.models.reload import check_export
 from lit_align.models.roles import ScalarAdapter
+from lit_align.versions import tested
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -206,3 +207,18 @@ def test_dora_of_experts_is_refused(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "start", "mixtral", num_local_experts=4, num_key_value_heads=2)
     with pytest.raises(ValueError, match=r"lora.dora: True does not reach experts.down_proj: set it to 0 or false"):
         load_causal_lm(Network(folder, lora=Lora(dora=True, targets=["experts"])))
+
+
+# What transformers 5.24 says to peft 0.21: its bound is a name in its module.
+def test_a_peft_that_does_not_fit_transformers_is_one_line_with_the_tested_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0.0")
+    with pytest.raises(
+        ValueError, match=r"lora: The version of PEFT .* 99.0.0; installed: peft .*, transformers .*;"
+    ) as e:
+        load_causal_lm(Network(tiny_folder(tmp_path / "start"), lora=Lora()))
+    pins = {name: version for name, version in tested().items() if name in ("peft", "transformers")}
+    assert all(f"'{name}=={version}'" in str(e.value) for name, version in pins.items())
+    assert len(pins) == 2
+    assert "\n" not in str(e.value)
