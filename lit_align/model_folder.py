@@ -63,6 +63,18 @@ def holds_model(folder: str | Path) -> bool:
     return any(os.path.exists(os.path.join(folder, file)) for file in ("config.json", "adapter_config.json"))
 
 
+def is_adapter(name: str | Path) -> bool:
+    """True for the folder of an adapter without the model that it was trained on."""
+    return os.path.exists(os.path.join(name, "adapter_config.json")) and not os.path.exists(
+        os.path.join(name, "config.json")
+    )
+
+
+def adapter_base(name: str | Path) -> str:
+    """Name or folder of the model that an adapter was trained on; empty if its folder does not tell."""
+    return str(_json(Path(name, "adapter_config.json")).get("base_model_name_or_path") or "")
+
+
 def _is_language_model(folder: Path) -> bool:
     """False for a reward model."""
     classes = _json(folder / "config.json").get("architectures") or []

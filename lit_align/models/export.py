@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_align.models.adapters import adapter_file, save_adapter
 from lit_align.models.load import _quiet
 from lit_align.models.lora import has_lora
 from lit_align.models.merge import merged_model, merged_state_dict
-from lit_align.models.roles import adapter_file, save_adapter
 from lit_align.models.seal import write_seal
 from lit_align.models.sharding import is_sharded
 from lit_align.owned import check_replaceable, free_beside, not_exported

@@ -20,13 +20,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lit_align.model_folder import find_model
+from lit_align.model_folder import adapter_base, find_model, is_adapter
 from lit_align.models.intact import check_files, check_fit, check_values, read_json
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
 from lit_align.models.rms_norm import normalize_in_few_passes
 from lit_align.models.rotary import turn_without_copies
 from lit_align.models.router import route_without_noise
+from lit_align.models.start import find_folded, fold, go_on, with_new_tokens
+from lit_align.models.tokens import add_tokens, grow
 from lit_align.models.tree_attention import attend_by_tree
 from lit_align.models.trees import compile_for_trees
 
@@ -96,6 +98,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
         if (folder / "tokenizer_config.json").exists():
             read_json(folder / "tokenizer_config.json")
         if not any((folder / file).exists() for file in _TOKENIZERS):
+            if is_adapter(name) and adapter_base(name):
+                return load_tokenizer(adapter_base(name), trust_remote_code, revision)
             raise ValueError(
                 f"{name!r} has no tokenizer ({_TOKENIZERS[0]} or another of its kind): copy those of the model "
                 "that it was trained from into it"
@@ -119,34 +123,22 @@ def device_of(name: str) -> torch.device:
 def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
     if network.shared:
         raise ValueError(f"{network.name}: network.shared is for the value and the rewards of PPO: leave it out here")
-    dtype = getattr(torch, network.dtype)
-    remote = {"trust_remote_code": network.trust_remote_code}
-    if Path(network.name, "adapter_config.json").exists() and not Path(network.name, "config.json").exists():
+    folded = find_folded(network)
+    name = network.name if folded is None or network.adapter else folded.base
+    if folded is not None and "score.weight" in folded.state and not config_options:
+        raise ValueError(f"{str(folded.folder)!r} is the adapter of a reward model, not of a language model")
+    try:
+        model, missing = _as_saved(network, name, auto_class, **config_options)
+    except ValueError as error:
+        if folded is None or network.adapter is not None:
+            raise
         raise ValueError(
-            f"{network.name!r} holds an adapter alone; a stage starts from a whole model, which the run that made this "
-            "one leaves with `lora: {export: merged}`"
-        )
-    check_files(Path(network.name), weights=network.weights == "pretrained")
-    with _explained(network.name), _quiet():
-        config = AutoConfig.from_pretrained(network.name, revision=network.revision, **remote, **config_options)
-        if network.dropout is not None:
-            _set_dropout(config, network.dropout)
-        options = {"dtype": dtype, "attn_implementation": network.attention, **remote}
-        if network.weights == "random":
-            model, missing = auto_class.from_config(config, **options), []
-        else:
-            # Without an explicit dtype transformers 5 takes the checkpoint's: bf16 weights and bf16 Adam, silently.
-            model, info = auto_class.from_pretrained(
-                network.name,
-                config=config,
-                revision=network.revision,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are errors below, of one line
-                **options,
-            )
-            missing = check_fit(network.name, model, info, scalar=bool(config_options))
-            check_values(network.name, {key: w for key, w in model.state_dict().items() if key not in missing})
+            f"{network.name!r} is an adapter of {name!r}, which cannot be loaded ({error}): name that model as "
+            "network.name and the adapter's folder as network.adapter"
+        ) from error
+    grow(model, add_tokens(load_tokenizer(network.name), network.new_tokens) if network.new_tokens else ())
+    if folded is not None:
+        model, missing = fold(model, folded, missing, trusted=network.adapter is not None)
     choose_experts(model)
     if network.attention is None:
         attend_by_tree(model)
@@ -156,8 +148,10 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
     model.train()
     if network.dropout is not None:
         route_without_noise(model)
-    if network.lora is not None:
-        add_lora(model, network.lora)
+    if network.lora is not None and network.lora.adapter is not None:
+        missing = go_on(model, network.lora, missing)
+    elif network.lora is not None:
+        add_lora(model, with_new_tokens(model, network.lora))
     if network.activation_checkpointing:
         # Renamed in transformers 5.20. Reentrant checkpointing loses the gradient of adapters below frozen embeddings.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -165,6 +159,34 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
         enable({"use_reentrant": False, **again})
     if network.compile:
         compile_for_trees(model)
+    return model, missing
+
+
+def _as_saved(network: Network, name: str, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
+    """The model of a folder or of the hub, and the weights that it lacks."""
+    dtype = getattr(torch, network.dtype)
+    remote = {"trust_remote_code": network.trust_remote_code}
+    check_files(Path(name), weights=network.weights == "pretrained")
+    with _explained(name), _quiet():
+        config = AutoConfig.from_pretrained(name, revision=network.revision, **remote, **config_options)
+        if network.dropout is not None:
+            _set_dropout(config, network.dropout)
+        options = {"dtype": dtype, "attn_implementation": network.attention, **remote}
+        if network.weights == "random":
+            model, missing = auto_class.from_config(config, **options), []
+        else:
+            # Without an explicit dtype transformers 5 takes the checkpoint's: bf16 weights and bf16 Adam, silently.
+            model, info = auto_class.from_pretrained(
+                name,
+                config=config,
+                revision=network.revision,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are errors below, of one line
+                **options,
+            )
+            missing = check_fit(name, model, info, scalar=bool(config_options))
+            check_values(name, {key: w for key, w in model.state_dict().items() if key not in missing})
     return model, missing
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lit_align.model_folder import find_model
+from lit_align.model_folder import find_model, is_adapter
 
 Head = Literal["own", "torch", "liger"]
 
@@ -38,6 +38,8 @@ class Lora:
             Weights that the model ties stay tied.
         rank_pattern: another rank for some layers, by the end of their name, as in {v_proj: 32}.
         alpha_pattern: another alpha for some layers, likewise.
+        adapter: folder of an adapter to go on training, by this program or peft; rank and places are then its own. The
+            reference is the model with that adapter.
     """
 
     r: int = 16
@@ -51,6 +53,7 @@ class Lora:
     modules_to_save: list[str] = field(default_factory=list)
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         for name, rank in {
@@ -75,7 +78,11 @@ class Network:
     """A model from the hub, from a folder, or with random weights from a configuration.
 
     Attributes:
-        name: hub name or folder, in Hugging Face format.
+        name: hub name or folder, in Hugging Face format. The folder of an adapter stands for the model that it was
+            trained on with the adapter folded in.
+        adapter: folder of an adapter to fold into the model of that name.
+        new_tokens: special tokens that the tokenizer lacks, as in <|im_start|> and <|im_end|>. Each gets a row of the
+            embeddings, which starts as the mean of all rows; with `lora` the embeddings are then trained whole.
         weights: pretrained, or random to take only the configuration and start from scratch.
         dtype: of the weights in memory. The default keeps fp32 master weights; lower precision for computing is the
             Trainer's `precision`.
@@ -113,6 +120,8 @@ class Network:
     trust_remote_code: bool = False
     revision: str | None = None
     shared: bool = False
+    adapter: str | None = None
+    new_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.router_loss is not None and not (0 <= self.router_loss < float("inf")):
@@ -121,6 +130,15 @@ class Network:
         self.name = find_model(os.fspath(self.name))
         if self.weights == "random" and self.lora is not None and self.lora.export == "adapter":
             raise ValueError("lora.export: an adapter is nothing without the random weights that it was trained on")
+        below = self.adapter or (self.name if is_adapter(self.name) else None)
+        if below and self.lora is not None and (self.lora.export == "adapter" or self.lora.adapter):
+            what = "lora.export: adapter" if self.lora.export == "adapter" else "lora.adapter"
+            raise ValueError(
+                f"{what} needs a whole model below, and {below!r} is an adapter: name that model as network.name and "
+                "the adapter as lora.adapter to go on training it, or write lora.export: merged"
+            )
+        if self.weights == "random" and (below or (self.lora is not None and self.lora.adapter)):
+            raise ValueError("weights: random has no weights that the adapter was trained on: write pretrained")
 
 
 def as_network(given: Network | str | os.PathLike[str]) -> Network:

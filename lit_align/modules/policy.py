@@ -89,15 +89,23 @@ class PolicyModule(AlignModule):
 
     # The reference: the policy before training.
 
+    @property
+    def reference_is_below(self) -> bool:
+        """Whether the policy without its adapters is what training started from."""
+        return has_lora(self.policy) and self.network.lora is not None and self.network.lora.adapter is None
+
     def load_reference(self, network: Network | None) -> None:
         """Load it as a frozen copy, unless the policy is an adapter that can be switched off: then it is that.
 
         Args:
             network: another model than the one training starts from.
         """
-        if network is None and has_lora(self.policy):
+        if network is None and self.reference_is_below:
             return
-        frozen = replace(network or self.network, lora=None, activation_checkpointing=False)
+        start = network or self.network
+        # Of an adapter that goes on training, the reference has that adapter as it was.
+        below = start.adapter or (start.lora.adapter if start.lora is not None else None)
+        frozen = replace(start, lora=None, adapter=below, activation_checkpointing=False)
         if frozen.weights == "random":
             raise ValueError("the reference cannot start from random weights: give it a folder or a hub name")
         self.reference = self.spread(LanguageModel(load_causal_lm(frozen), frozen.head).requires_grad_(False))

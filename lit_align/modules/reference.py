@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from lit_align.cache import cache_folder, can_keep
 from lit_align.functional.logprobs import sum_by_sequence
-from lit_align.models.lora import has_lora
 from lit_align.models.network import Network, as_network
 from lit_align.models.reference import ReferenceTable, fingerprint
 from lit_align.modules.policy import PolicyModule
@@ -52,7 +51,7 @@ class ReferencedModule(PolicyModule):
         """What the reference says of each answer. Shape (Q,)."""
         if self.reference_table is not None and batch.key_E is not None and self.trainer.state.fn == "fit":
             return self.reference_table.lookup(batch.key_E).to(self.device)
-        if self.reference is None and not has_lora(self.policy):  # let go by a fit before
+        if self.reference is None and not self.reference_is_below:  # let go by a fit before
             self.load_reference(self.reference_network)
             self.reference = self.reference.to(self.device)  # type: ignore[attr-defined]
         return live_sums(self, batch.packed)

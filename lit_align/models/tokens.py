@@ -1,0 +1,59 @@
+"""New tokens: rows of the embeddings for special tokens that a tokenizer lacks.
+
+Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models": the mean of all rows, so that no
+probability of a known token changes much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add special tokens to a tokenizer.
+
+    Args:
+        tokenizer: changed in place.
+        tokens: those that it has as single tokens stay as they are.
+
+    Returns:
+        The ids of those that were new.
+    """
+    known = set(tokenizer.get_vocab())
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    if new:
+        tokenizer.add_tokens(new, special_tokens=True)  # type: ignore[arg-type]
+    return [tokenizer.convert_tokens_to_ids(token) for token in new]  # type: ignore[misc]
+
+
+@torch.no_grad()
+def grow(model: PreTrainedModel, ids: Sequence[int], rows: int | None = None) -> None:
+    """Give a model rows for new tokens, each the mean of the rows before them.
+
+    Args:
+        model: with input embeddings and, if it is a language model, a head.
+        ids: of the new tokens, the last of the vocabulary.
+        rows: of the embeddings afterwards; None for as many as the ids need.
+    """
+    if not ids:
+        return
+    rows = max(rows or 0, max(ids) + 1, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,index]
+    if rows != model.get_input_embeddings().weight.shape[0]:  # type: ignore[union-attr,index]
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    # Adapters written beside these rows do not fit the base model's folder.
+    model.grown = len(ids)
+    known, new = min(ids), torch.tensor(sorted(ids))
+    for module in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
+        for parameter in (module.weight, getattr(module, "bias", None)):
+            if isinstance(parameter, nn.Parameter) and len(parameter) == rows:
+                parameter[new] = parameter[:known].mean(0)
+
+
+def embedding_names(model: PreTrainedModel) -> list[str]:
+    """Paths of the input embeddings and of the head, if there is one."""
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    return [path for path, module in model.named_modules() if any(module is end for end in ends)]
