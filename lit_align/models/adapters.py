@@ -201,7 +201,9 @@ def save_adapter(model: Any, folder: Path, file: tuple[dict[str, Tensor], dict[s
     folder.mkdir(parents=True, exist_ok=True)
     settings = model.peft_config[ADAPTER].to_dict() | {"inference_mode": True, "task_type": "CAUSAL_LM"}
     # peft holds names in sets: they have no place in JSON, and another order in every process.
-    config = {key: sorted(value) or None if isinstance(value, set) else value for key, value in settings.items()}
+    config: dict[str, Any] = {
+        key: sorted(value) or None if isinstance(value, set) else value for key, value in settings.items()
+    }
     if tied := getattr(model.peft_config[ADAPTER], "modules_to_tie", None):  # peft took them out of the list
         config["modules_to_save"] = [*config["modules_to_save"], *sorted(tied)]
     if model.can_generate():

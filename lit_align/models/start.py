@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -78,13 +79,14 @@ def go_on(model: PreTrainedModel, lora: Lora, missing: list[str]) -> list[str]:
             "(network.adapter) and train another one"
         )
     missing = _put_on(model, adapter, missing, trusted=True)
-    if getattr(model, "score", None) is not None:
-        model.score.requires_grad_(True)
+    head: Any = getattr(model, "score", None)
+    if head is not None:
+        head.requires_grad_(True)
     return missing
 
 
-def _put_on(model: PreTrainedModel, adapter: Adapter, missing: list[str], trusted: bool) -> list[str]:
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,arg-type,index]
+def _put_on(model: Any, adapter: Adapter, missing: list[str], trusted: bool) -> list[str]:
+    rows = int(model.get_input_embeddings().weight.shape[0])
     wanted = rows_of(adapter, embedding_names(model))
     if wanted > rows:
         grow(model, range(rows, wanted))

@@ -7,6 +7,7 @@ probability of a known token changes much.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,12 +27,12 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     known = set(tokenizer.get_vocab())
     new = [token for token in dict.fromkeys(tokens) if token not in known]
     if new:
-        tokenizer.add_tokens(new, special_tokens=True)  # type: ignore[arg-type]
-    return [tokenizer.convert_tokens_to_ids(token) for token in new]  # type: ignore[misc]
+        tokenizer.add_tokens(new, special_tokens=True)
+    return [tokenizer.get_vocab()[token] for token in new]
 
 
 @torch.no_grad()
-def grow(model: PreTrainedModel, ids: Sequence[int], rows: int | None = None) -> None:
+def grow(model: Any, ids: Sequence[int], rows: int | None = None) -> None:
     """Give a model rows for new tokens, each the mean of the rows before them.
 
     Args:
@@ -41,8 +42,9 @@ def grow(model: PreTrainedModel, ids: Sequence[int], rows: int | None = None) ->
     """
     if not ids:
         return
-    rows = max(rows or 0, max(ids) + 1, model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr,index]
-    if rows != model.get_input_embeddings().weight.shape[0]:  # type: ignore[union-attr,index]
+    before = len(model.get_input_embeddings().weight)
+    rows = max(rows or 0, max(ids) + 1, before)
+    if rows != before:
         model.resize_token_embeddings(rows, mean_resizing=False)
     # Adapters written beside these rows do not fit the base model's folder.
     model.grown = len(ids)

@@ -11,11 +11,11 @@ from models.test_reload import disturb, embeddings
 from support.tiny import tiny_folder
 from torch import Tensor
 
+from lit_align import versions
 from lit_align.models import LanguageModel, Lora, Network, load_causal_lm, load_scorer
 from lit_align.models.lora import adapters_off
 from lit_align.models.reload import check_export
 from lit_align.models.roles import ScalarAdapter
-from lit_align.versions import tested
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -218,7 +218,7 @@ def test_a_peft_that_does_not_fit_transformers_is_one_line_with_the_tested_versi
         ValueError, match=r"lora: The version of PEFT .* 99.0.0; installed: peft .*, transformers .*;"
     ) as e:
         load_causal_lm(Network(tiny_folder(tmp_path / "start"), lora=Lora()))
-    pins = {name: version for name, version in tested().items() if name in ("peft", "transformers")}
+    pins = {name: version for name, version in versions.tested().items() if name in ("peft", "transformers")}
     assert all(f"'{name}=={version}'" in str(e.value) for name, version in pins.items())
     assert len(pins) == 2
     assert "\n" not in str(e.value)
