@@ -36,8 +36,9 @@ def entry() -> int:
 
 def _failed(message: str) -> int:
     from lit_align.display import printable
+    from lit_align.secret import redact_text
 
-    print(f"lit-align: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"lit-align: {printable(redact_text(' '.join(message.split())))}", file=sys.stderr)
     return 1
 
 

@@ -14,6 +14,8 @@ import warnings
 from types import TracebackType
 from typing import Any
 
+from lit_align.secret import redact_text
+
 # Joiners: format characters that belong to words of Persian or Hindi, and to emoji.
 _JOINERS = "\u200c\u200d"
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -42,12 +44,12 @@ def _escaped(character: str) -> str:
 
 def say(text: object) -> None:
     """Print lines of text, escaped."""
-    print(printable(text, lines=True), flush=True)
+    print(printable(redact_text(text), lines=True), flush=True)
 
 
 def escape_record(record: logging.LogRecord) -> bool:
     """A filter for loggers: the message escaped, and never left out."""
-    record.msg, record.args = printable(record.getMessage(), lines=True), ()
+    record.msg, record.args = printable(redact_text(record.getMessage()), lines=True), ()
     return True
 
 
@@ -56,10 +58,11 @@ def escape_the_rest() -> None:
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         said = warnings.formatwarning(message, category, filename, lineno, line)
-        print(printable(said, lines=True), end="", file=file or sys.stderr)
+        print(printable(redact_text(said), lines=True), end="", file=file or sys.stderr)
 
     def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        print(printable("".join(traceback.format_exception(kind, error, trace)), lines=True), end="", file=sys.stderr)
+        said = "".join(traceback.format_exception(kind, error, trace))
+        print(printable(redact_text(said), lines=True), end="", file=sys.stderr)
 
     warnings.showwarning = show
     sys.excepthook = fail

@@ -17,12 +17,13 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_align.data
 import lit_align.modules
 import lit_align.rewards  # noqa: F401 - imported classes can be named in YAML without their module path
-from lit_align import claim, named_code
+from lit_align import claim, named_code, secret
 from lit_align.callbacks import (
     AtomicCheckpointIO,
     DivergenceGuard,
@@ -94,6 +95,7 @@ class AlignCLI(LightningCLI):
         for key in ("trainer", "checkpoint"):
             if not hasattr(config[key], "as_dict"):
                 raise ConfigError(f"{key}: expected a mapping of options, got {config[key]!r:.40}")
+        _warn_of_secrets(config)
         config.out = expand(config.out)
         if self.subcommand == "fit" and config.ckpt_path is None and (again := requeued_folder(Path(config.out))):
             config.out, config.ckpt_path = str(again), "last"
@@ -185,6 +187,11 @@ def built(args: list[str]) -> tuple[LightningModule, LightningDataModule | None]
     with _quiet_start(), importable(config_files(args)):
         cli = _lightning(args, PartsCLI)
     return cli.model, cli.datamodule
+
+
+@rank_zero_only
+def _warn_of_secrets(config: Any) -> None:
+    secret.warn_of(config.as_dict())
 
 
 def _list(value: Any) -> list[Any]:

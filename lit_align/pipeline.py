@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 import yaml
 
-from lit_align import claim, display, limits
+from lit_align import claim, display, limits, secret
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.disk import write_whole
@@ -281,28 +281,33 @@ class Pipeline:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_json(folder / "stage.json").get("seconds", 0.0)
         write_json(folder / "stage.json", {"key": key, "seconds": before})
-        file = folder / "stage.yaml"
-        file.write_text(yaml.safe_dump(self._moved(stage.config), sort_keys=False))
         started = time.monotonic()
+        secret.warn_of(stage.config, f"{stage.name}.")
         try:
-            if stage.kind == "call":
-                figures = step(file, folder)
-            else:
-                resumes = stage.kind == "fit" and (folder / "checkpoints" / "last.ckpt").exists()
-                if stage.kind == "fit" and not resumes:
-                    # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
-                    (folder / "config.yaml").unlink(missing_ok=True)
-                    (folder / "metrics.csv").unlink(missing_ok=True)
-                accept = [f"--resume.allow=[{','.join(sorted(allow))}]"] if allow else []
-                last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), *accept]
-                command(stage.kind, file, last if resumes else [])
-                figures = {}
+            with secret.without(folder / "stage.yaml", self._moved(stage.config)) as file:
+                figures = self._ran(stage, folder, file, command, step, allow)
         finally:
             # The time of an interrupted attempt counts.
             seconds = before + time.monotonic() - started
             write_json(folder / "stage.json", {"key": key, "seconds": seconds})
         files = {"outputs": outputs(stage.kind, folder), "inputs": inputs(stage.config, f"{self.root}/")}
         write_json(folder / DONE, {"key": key, "seconds": round(seconds, 1), "figures": figures, **files})
+
+    def _ran(
+        self, stage: Stage, folder: Path, file: Path, command: RunCommand, step: RunStep, allow: frozenset[str]
+    ) -> dict[str, float]:
+        """Run a stage's file; the figures of a step."""
+        if stage.kind == "call":
+            return step(file, folder)
+        resumes = stage.kind == "fit" and (folder / "checkpoints" / "last.ckpt").exists()
+        if stage.kind == "fit" and not resumes:
+            # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
+            (folder / "config.yaml").unlink(missing_ok=True)
+            (folder / "metrics.csv").unlink(missing_ok=True)
+        accept = [f"--resume.allow=[{','.join(sorted(allow))}]"] if allow else []
+        last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), *accept]
+        command(stage.kind, file, last if resumes else [])
+        return {}
 
     def summary(self) -> dict[str, float]:
         """Figures of all stages: what steps returned, what fits validated last, and seconds."""

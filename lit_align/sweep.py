@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from lit_align import claim, display
+from lit_align import claim, display, secret
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.config_files import config_files
@@ -248,6 +248,7 @@ class Sweep:
 
     def _run(self, fit: Fit, say: Callable[[str], None], allow: frozenset[str]) -> dict[str, Any]:
         check_output(self.out, ("sweep.json", "manifest.json"), [point.name for point in self.points])
+        secret.warn_of(self.told, f"{self.file}: ")
         if "early_terminate" in self.told:
             say("early_terminate is W&B's: here every point runs to its end")
         spent: list[float] = []
@@ -324,13 +325,13 @@ class Sweep:
             "metric": self.metric,
             "goal": self.goal,
             "names": short_names(self.parameters),
-            "points": [{key: record[key] for key in keys if key in record} for record in ranked],
+            "points": [secret.redacted({key: record[key] for key in keys if key in record}) for record in ranked],
         }
 
     def describe(self, point: Point) -> str:
         """What it differs in."""
         names = short_names(self.parameters)
-        return " ".join(f"{names[key]}={value}" for key, value in point.parameters.items())
+        return " ".join(f"{names[key]}={value}" for key, value in secret.redacted(point.parameters).items())
 
 
 def table(result: Mapping[str, Any]) -> str:

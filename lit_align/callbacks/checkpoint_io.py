@@ -15,12 +15,17 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from lit_align.disk import replacing, sync
+from lit_align.secret import redacted
 
 # What unpacking a damaged or foreign file raises, depending on where the damage is.
 _DAMAGED = (
     EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, pickle.UnpicklingError,
     zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
+
+
+# What Lightning keeps of a module that calls save_hyperparameters.
+_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,6 +46,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        parameters = {name: redacted(checkpoint[name]) for name in _PARAMETERS if name in checkpoint}
+        checkpoint = {**checkpoint, **parameters}
         with replacing(Path(path)) as partial:
             try:
                 with partial.open("wb") as file:

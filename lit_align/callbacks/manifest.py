@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_align import secret
 from lit_align.callbacks.resume import manifest_changes, settle
 from lit_align.data.base import TextDataModule
 from lit_align.data.store import tokenizer_key
@@ -93,7 +94,7 @@ class Manifest(Callback):
             ValueError: data, models or tokenizer have changed, and that kind of change is not allowed.
         """
         if trainer.state.fn == "fit":
-            changes = manifest_changes(checkpoint.get("run_manifest") or {}, self._content(trainer))
+            changes = manifest_changes(secret.redacted(checkpoint.get("run_manifest") or {}), self._content(trainer))
             settle(changes, self.allow, rank_zero_info)
 
     def _content(self, trainer: Trainer) -> dict[str, Any]:
@@ -113,6 +114,7 @@ class Manifest(Callback):
             }
             if job := os.environ.get("SLURM_JOB_ID"):
                 self._made["slurm_job"] = job  # that which SLURM starts again finds its folder by this
+            self._made = secret.redacted(self._made)
         return self._made
 
     def _write(self, trainer: Trainer) -> None:

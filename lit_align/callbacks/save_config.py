@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_align import secret
 from lit_align.callbacks.resume import config_changes, differences, settle
 from lit_align.disk import replacing
 
@@ -35,7 +36,11 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """On the first process, before anything runs."""
         with replacing(self.folder / "config.yaml") as partial:
-            self.parser.save(self.config, str(partial), skip_unset=False, overwrite=True, multifile=False)
+            config = self._plain(hidden=False)
+            if list(secret.found(config)):  # nor is it for others to read, should one have been overlooked
+                secret.write_private(partial, yaml.safe_dump(secret.redacted(config), sort_keys=False))
+            else:
+                self.parser.save(self.config, str(partial), skip_unset=False, overwrite=True, multifile=False)
         for logger in trainer.loggers:
             logger.log_hyperparams({"config": self._plain()})
 
@@ -51,13 +56,14 @@ class SaveRunConfig(SaveConfigCallback):
                 allowed; names the keys.
         """
         if trainer.state.fn == "fit":
-            changes = config_changes(checkpoint.get("run_config", {}), self._plain())
+            changes = config_changes(secret.redacted(checkpoint.get("run_config", {})), self._plain())
             settle(changes, self.allow, rank_zero_info)
 
-    def _plain(self) -> dict[str, Any]:
+    def _plain(self, hidden: bool = True) -> dict[str, Any]:
+        """The configuration as mappings and lists, without its secrets if they are hidden."""
         text = self.parser.dump(self.config, skip_unset=False, format="yaml")
         loaded: dict[str, Any] = yaml.safe_load(text)
-        return loaded
+        return dict(secret.redacted(loaded)) if hidden else loaded
 
 
 __all__ = ["SaveRunConfig", "differences"]

@@ -21,6 +21,7 @@ from typing import IO, Any
 import fsspec
 
 from lit_align.data.rows import BadFile, BadRow, Row
+from lit_align.secret import REDACTED, WAY_OUT, redact_text
 
 # What unpacking and decoding raise when a file is damaged; most of it is no OSError.
 _DAMAGED = (OSError, EOFError, UnicodeError, csv.Error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
@@ -32,6 +33,8 @@ def expand(path: str) -> str:
     Raises:
         ValueError: a variable that is not set.
     """
+    if REDACTED in path:
+        raise ValueError(f"{path!r} was written without its secret: {WAY_OUT}")
     expanded = os.path.expanduser(os.path.expandvars(path))
     unset = re.search(r"\$\{?(\w+)\}?", expanded)
     if unset:
@@ -45,14 +48,14 @@ def open_files(path: str, compression: str | None = "infer") -> list[tuple[str, 
     Raises:
         ValueError: no such file.
     """
-    path = expand(path)
+    shown, path = redact_text(path), expand(path)
     try:
         handles = fsspec.open_files(path, mode="rb", compression=compression)
         found = [(handle.path, handle) for handle in handles if handle.fs.isfile(handle.path)]
     except (*_DAMAGED, ValueError, ImportError) as error:
-        raise ValueError(f"cannot open {path!r}: {error}") from error
+        raise ValueError(f"cannot open {shown!r}: {redact_text(error)}") from error
     if not found:
-        raise ValueError(f"no file matches {path!r}")
+        raise ValueError(f"no file matches {shown!r}")
     return sorted(found, key=lambda item: item[0])
 
 

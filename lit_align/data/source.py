@@ -15,6 +15,7 @@ from lit_align.data.files import expand, open_files, read_bytes, read_rows
 from lit_align.data.formats import FORMATS, PREFERENCES, among_preferences, recognise
 from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally, missing
 from lit_align.display import printable
+from lit_align.secret import redact_text
 
 OnBadRow = Literal["error", "skip"]
 
@@ -69,7 +70,7 @@ class Source:
     @property
     def name(self) -> str:
         """How messages call it."""
-        return self.path or self.hub or type(self.rows).__name__
+        return redact_text(self.path) if self.path else self.hub or type(self.rows).__name__
 
     @property
     def short_name(self) -> str:

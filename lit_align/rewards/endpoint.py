@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_align.data.source import expand
 from lit_align.rewards.base import Reward, checked, named
 from lit_align.rewards.patience import TryAgain, patiently
+from lit_align.secret import redact_text, redacted
 from lit_align.types import Rollout
 
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
@@ -71,7 +72,7 @@ class EndpointReward(Reward):
     @property
     def title(self) -> str:
         """With its address."""
-        return f"the reward at {self.url}"
+        return f"the reward at {redact_text(self.url)}"
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Find out now whether a variable of the environment is missing."""
@@ -80,7 +81,7 @@ class EndpointReward(Reward):
     def _address(self) -> tuple[str, dict[str, str]]:
         url, headers = expand(self.url), {name: expand(value) for name, value in self.headers.items()}
         # What http.client has to say of these repeats the value, which may be secret.
-        wrong = f"EndpointReward: {self.url!r} is no address: it"
+        wrong = f"EndpointReward: {redact_text(self.url)!r} is no address: it"
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"{wrong} must begin with http:// or https://")
         if "@" in urlsplit(url).netloc:
@@ -89,7 +90,8 @@ class EndpointReward(Reward):
             raise ValueError(f"{wrong} holds white space once its variables are filled in")
         for name, value in headers.items():
             if "\n" in value or "\r" in value:
-                raise ValueError(f"EndpointReward: the header {name} has a line's end in it: {self.headers[name]!r}")
+                shown = redacted(self.headers, "headers")[name]
+                raise ValueError(f"EndpointReward: the header {name} has a line's end in it: {shown!r}")
         return url, headers
 
     def forward(self, rollout: Rollout) -> Tensor:
