@@ -5,7 +5,20 @@ import sys
 
 
 def entry() -> int:
-    """Run the command line; what the user can mend ends in one line."""
+    """Run the command line; what the user can mend ends in one line, and so does what a signal stopped."""
+    from lit_align.stopping import Stopped, stoppable
+
+    try:
+        with stoppable():
+            return _entry()
+    except Stopped as stopped:
+        _failed(str(stopped))
+        return int(128 + stopped.number)
+    except KeyboardInterrupt:  # before or after that
+        return 130
+
+
+def _entry() -> int:
     from lit_align import versions
     from lit_align.display import escape_the_rest
 

@@ -16,6 +16,7 @@ from lit_align.config_error import ConfigError, explain
 from lit_align.display import say
 from lit_align.model_folder import find_model, stage_models
 from lit_align.own_modules import importable
+from lit_align.stopping import no_silent_exit
 
 
 def experiments() -> Path:
@@ -212,7 +213,8 @@ def _step(file: Path, folder: Path) -> dict[str, float]:
         step: Step = parser.instantiate(config).step
     except (TypeError, ValueError, argparse.ArgumentError) as error:
         raise ConfigError(f"{file}: {explain(str(error))}") from error
-    return step.run(folder)
+    with no_silent_exit():
+        return step.run(folder)
 
 
 def _report(folder: Path) -> Path:

@@ -48,6 +48,7 @@ from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
 from lit_align.run_folder import check_writable, claimed_folder, requeued_folder, resumed_folder
+from lit_align.stopping import no_silent_exit
 
 
 class AlignCLI(LightningCLI):
@@ -116,6 +117,15 @@ class AlignCLI(LightningCLI):
             raise ConfigError(f"checkpoint.filename: {pattern!r} leads out of the run's folder: give a name in it")
         config.checkpoint.dirpath = str(out / "checkpoints")
         config.trainer.default_root_dir = str(out)
+
+    def instantiate_classes(self) -> None:
+        """Lightning's; code of the user's does not end the process unnoticed."""
+        with no_silent_exit():
+            super().instantiate_classes()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        with no_silent_exit(Path(self.config[subcommand].out)):
+            super()._run_subcommand(subcommand)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run's logger and callbacks."""

@@ -70,7 +70,7 @@ BELOW = {
 
 
 # What touches input from outside; they import nothing of lit_align, and every room may import them.
-GUARDS = {"claim", "display", "limits", "names", "owned", "secret"}
+GUARDS = {"claim", "display", "limits", "names", "owned", "secret", "stopping"}
 BELOW |= {guard: set() for guard in GUARDS}
 
 

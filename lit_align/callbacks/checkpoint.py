@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from lit_align.callbacks.divergence import DivergenceGuard
 from lit_align.callbacks.metrics_csv import log_ahead
-from lit_align.callbacks.preemption import StopRequest
+from lit_align.callbacks.preemption import Preempted, StopRequest, unchanged
 from lit_align.disk import replacing
 
 # Beside last.ckpt, with a monitor: a link to the best.
@@ -41,6 +43,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self._stop = StopRequest()
         self._replaced: list[str] = []  # checkpoints to remove when the last one has its name
+        self._point: dict[str, Any] | None = None  # see `_remember_point`
         self._before = ""  # the one that the latest takes the place of
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,7 +60,13 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen for signals."""
         super().on_train_start(trainer, pl_module)
+        early = trainer.received_sigterm  # Lightning would leave as a run that is done
         self._stop.listen(trainer)
+        if early:
+            self._stop.received = signal.SIGTERM
+            if trainer.world_size == 1:
+                rank_zero_info("asked to stop before the first step: nothing new is to be saved")
+                raise Preempted
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Save where no validation will."""
@@ -96,6 +105,42 @@ class RunCheckpoint(ModelCheckpoint):
         if self.save_last:
             self._save(trainer)
         super().on_train_end(trainer, pl_module)
+        self._stop.rest()
+        if self._stop.received is not None and trainer.world_size == 1:
+            rank_zero_info("asked to stop: training is done and saved; --ckpt_path last exports the model")
+            raise Preempted(self._stop.number)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, if a signal came while nothing changed that a checkpoint holds: see `StopRequest`."""
+        if not (isinstance(exception, Preempted) and unchanged(pl_module)):
+            super().on_exception(trainer, pl_module, exception)
+            return
+        if self._point is None:
+            rank_zero_info("asked to stop in the first batch: there is nothing to save")
+        else:
+            last = str(self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST))
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+            trainer.strategy.save_checkpoint({**checkpoint, **self._point}, last)
+            step = trainer.global_step
+            rank_zero_info(
+                f"asked to stop: optimizer step {step} is in {last}, without the batch that was begun; go on with "
+                "--ckpt_path last"
+            )
+        self._stop.requeue(trainer)
+
+    def _remember_point(self, trainer: Trainer) -> None:
+        """Keep what a checkpoint says of progress, data and random generators, which the next batch changes early."""
+        if trainer.world_size > 1 or not hasattr(trainer.lightning_module, "unchanged"):
+            return
+        module: Any = trainer.lightning_module
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        # Lightning's own way to these numbers; there is no public one.
+        point: dict[str, Any] = {"loops": trainer._checkpoint_connector._get_loops_state_dict()}
+        if data is not None and (state := data.state_dict()):
+            point[type(data).__qualname__] = state
+        drawn: dict[str, Any] = {"state_dict": {}}
+        module.on_save_checkpoint(drawn)
+        self._point = copy.deepcopy({**point, "rng": drawn["rng"]})
 
     def _save(self, trainer: Trainer, compared: bool = False) -> None:
         """Save the last step; and, with a monitor, among the best if it is `compared`."""
@@ -125,6 +170,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _leave_if_asked(self, trainer: Trainer) -> None:
         if not self._stop.made(trainer) or _pending(trainer):
+            self._remember_point(trainer)
             return
         last = str(self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST))
         self._save(trainer)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,9 @@ class OnPolicyModule(PolicyModule):
         self.max_grad_norm, self.ptx_coef = max_grad_norm, ptx_coef
         self.optimizer_steps_per_batch = epochs * mini_batches
         self.iteration = 0
+        # Set while a batch has changed nothing yet that a checkpoint holds: there a run that is asked to stop need not
+        # wait for a slow reward (callbacks/preemption.py).
+        self.unchanged = False
         check_on_policy(self)
 
     def configure_model(self) -> None:
@@ -151,6 +155,13 @@ class OnPolicyModule(PolicyModule):
             )
 
     # For the algorithm.
+
+    @contextlib.contextmanager
+    def changing_nothing(self) -> Iterator[None]:
+        """For the part of a batch that samples answers and scores them."""
+        self.unchanged = True
+        yield  # an error leaves it set, for the callback that saves
+        self.unchanged = False
 
     def micro_batches(self, rollout: Rollout, shuffle: torch.Generator) -> Sequence[Tensor]:
         """Sequence numbers of each micro-batch: whole prompts, shuffled."""

@@ -167,8 +167,9 @@ class PPOModule(OnPolicyModule):
         """One iteration: rollout, reward, advantages, epochs of mini-batches."""
         # A seed of (run, iteration, rank): a resumed run draws what the uninterrupted one would have drawn.
         seed = (self.seed * 1_000_003 + self.iteration) * 1_009 + self.global_rank
-        rollout = self.answer(batch, self.sampling, seed)
-        greedy_Q = self.greedy_scores(batch) if self.advantage == "remax" else None
+        with self.changing_nothing():
+            rollout = self.answer(batch, self.sampling, seed)
+            greedy_Q = self.greedy_scores(batch) if self.advantage == "remax" else None
         shuffle = torch.Generator().manual_seed(seed)
         experience = self.score(rollout, shuffle, greedy_Q)
         stats: list[dict[str, Tensor]] = []
@@ -190,7 +191,8 @@ class PPOModule(OnPolicyModule):
     @torch.no_grad()
     def score(self, rollout: Rollout, shuffle: torch.Generator, greedy_Q: Tensor | None = None) -> list[Experience]:
         """Score a rollout and estimate advantages, in micro-batches of whole prompts in shuffled order."""
-        scores_Q = self.shaped_scores(rollout)
+        with self.changing_nothing():
+            scores_Q = self.shaped_scores(rollout)
         experience, token_rewards, kls = [], [], []
         entropies: list[Any] = []
         picked = self.micro_batches(rollout, shuffle)
