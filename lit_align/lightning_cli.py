@@ -38,6 +38,7 @@ from lit_align.callbacks import (
 from lit_align.callbacks.checkpoint import BEST
 from lit_align.callbacks.chosen import Which
 from lit_align.callbacks.resume import KINDS, allowed
+from lit_align.callbacks.wandb_run import go_on
 from lit_align.config_error import ConfigError, explain
 from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
@@ -148,6 +149,12 @@ class AlignCLI(LightningCLI):
         plugins = _list(told.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if (
+            config.get("ckpt_path")
+            and self.subcommand == "fit"
+            and (line := go_on(out, [] if isinstance(told.logger, bool) else _list(told.logger)))
+        ):
+            say(line)
         if told.logger is not False:
             kwargs["logger"] = [*_list(None if told.logger is True else told.logger), MetricsCSV(out)]
         return super().instantiate_trainer(**kwargs)

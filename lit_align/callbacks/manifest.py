@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_align import secret
 from lit_align.callbacks.resume import manifest_changes, settle
+from lit_align.callbacks.wandb_run import known, tracked
 from lit_align.data.base import TextDataModule
 from lit_align.data.store import tokenizer_key
 from lit_align.disk import write_whole
@@ -72,6 +73,12 @@ class Manifest(Callback):
                 rank_zero_info(f"look: {broken}")
         self._write(trainer)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the run of Weights & Biases, which has begun by now, so that a resumed run goes on in it."""
+        if trainer.is_global_zero and (run := tracked(trainer.loggers)) is not None:
+            self._content(trainer)["wandb"] = run
+            self._write(trainer)
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
         self._write(trainer)
@@ -119,6 +126,8 @@ class Manifest(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
+            if trainer.ckpt_path is not None and (run := known(self.path)) is not None:
+                self._content(trainer).setdefault("wandb", run)
             write_whole(self.path, json.dumps(self._content(trainer), indent=2, default=str) + "\n")
 
 
