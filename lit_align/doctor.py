@@ -17,6 +17,7 @@ from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.models.seal import broken_seal, read_seal
 from lit_align.modules.base import AlignModule
 from lit_align.modules.dpo import DPOModule
+from lit_align.modules.fits import check_data
 from lit_align.modules.memory import MIB, memory_budget
 from lit_align.modules.ppo import PPOModule
 from lit_align.types import Completion, Example, PreferenceBatch, Rollout
@@ -67,6 +68,9 @@ def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule
     module.configure_model()
     module.to(trainer.strategy.root_device)
     findings += memory(module)
+    findings += fits(module, data)
+    if findings[-1].check == "fit" and findings[-1].level == "wrong":
+        return findings  # no forward of it would end well
     with trainer.precision_plugin.forward_context():
         if isinstance(module, PPOModule):
             return [*findings, *rollout(module, data)]
@@ -99,6 +103,18 @@ def rows(data: TextDataModule) -> Iterator[Finding]:
             yield Finding("look", "truncation", f"{says}: raise data.max_length")
         else:
             yield Finding("ok", "truncation", says)
+
+
+def fits(module: AlignModule, data: TextDataModule) -> Iterator[Finding]:
+    """Whether sequences fit the model's positions and tokens its embedding, and whose tokenizer it is."""
+    try:
+        unusual = check_data(module, data)
+    except ValueError as error:
+        yield Finding("wrong", "fit", str(error))
+        return
+    yield from (Finding("look", "fit", line) for line in unusual)
+    if not unusual:
+        yield Finding("ok", "fit", "positions, tokens and tokenizer of the data are the model's")
 
 
 def held_out(data: TextDataModule) -> Iterator[Finding]:

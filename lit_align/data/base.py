@@ -254,6 +254,21 @@ class TextDataModule(LightningDataModule):
         store, item = max(longest, key=lambda ref: self._lengths[ref[0]][ref[1]])
         return self._stores["train"][store][item]
 
+    answered = False  # whether answers are sampled behind what the items hold
+
+    def longest_sequences(self) -> list[tuple[str, int, bool]]:
+        """Of each source that is set up: its name, the tokens of its longest sequence, whether answers follow it."""
+        return [(name, store.longest_sequence(), self.answered) for name, store in self._named_stores()]
+
+    def largest_tokens(self) -> list[tuple[str, int]]:
+        """Of each source that is set up: its name, and the largest token id in it."""
+        return [(name, store.largest_token()) for name, store in self._named_stores()]
+
+    def _named_stores(self) -> list[tuple[str, Store]]:
+        parts = self._stores.items()
+        pairs = (zip(self.sources[part] or (), stores, strict=True) for part, stores in parts)
+        return [(source.name, store) for pair in pairs for source, store in pair]
+
     def shared_prompts(self) -> int:
         """Prompts of the `val` sources that are trained on, too."""
         train, val = ({g for store in self._stores.get(part, []) for g in store.groups()} for part in ("train", "val"))
@@ -307,6 +322,7 @@ class TextDataModule(LightningDataModule):
         kept, self._held_out = hold_out(
             [len(store) for store in stores], lambda: [group for store in stores for group in store.groups()], fraction
         )
+        kept = self._some_kept(kept)
         kept, self._held_out = self._only_usable(kept)
         if self._sorts_by_length:
             self._check_lengths(kept)  # now, and not in every worker
@@ -317,6 +333,28 @@ class TextDataModule(LightningDataModule):
         if self.trainer is not None or not self._order.begins:  # whose phases are those of no training
             for line in report(sources, self._order, timeline):
                 rank_zero_info(line)
+
+    def _some_kept(self, kept: list[np.ndarray]) -> list[np.ndarray]:
+        """Do not hold out everything.
+
+        Raises:
+            ValueError: every prompt of several is held out.
+        """
+        if not self._held_out or any(len(items) for items in kept):
+            return kept
+        count = len(self._held_out)
+        prompts = len({self._stores["train"][s][i].group for s, i in self._held_out})
+        if prompts > 1:
+            raise ValueError(
+                f"data.val_fraction {self.val_fraction} holds out all {prompts} prompts of the {count:,} examples, and "
+                "none is left to train on: lower it, or set it to 0 and give data.val"
+            )
+        self._held_out = []
+        rank_zero_info(
+            f"all {count:,} examples have the same prompt: none is held out for validation, as no prompt is on both "
+            "sides; give data.val to validate"
+        )
+        return [np.arange(len(store)) for store in self._stores["train"]]
 
     def _only_usable(self, kept: list[np.ndarray]) -> tuple[list[np.ndarray], list[Ref]]:
         """Of the items to train on and of those held out the ones that the module can use."""

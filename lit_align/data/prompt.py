@@ -38,6 +38,16 @@ class PromptDataModule(TextDataModule):
             )
         self.ptx = ptx
 
+    answered = True
+
+    def longest_sequences(self) -> list[tuple[str, int, bool]]:
+        """Of the prompts, and of the text."""
+        return [*super().longest_sequences(), *(self.ptx.longest_sequences() if self.ptx is not None else [])]
+
+    def largest_tokens(self) -> list[tuple[str, int]]:
+        """Of the prompts, and of the text."""
+        return [*super().largest_tokens(), *(self.ptx.largest_tokens() if self.ptx is not None else [])]
+
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
         """One item, its row kept for the reward."""
         if "messages" in row:

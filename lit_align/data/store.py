@@ -113,6 +113,24 @@ class Store:
         answers, in_answers = np.concatenate([np.empty((2, 0), int), *map(_answers, chunks)], axis=1)
         return trunk * (1 if share_prefix else np.maximum(answers, 1)) + in_answers
 
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence: a trunk with one of its answers."""
+        longest = 0
+        columns = (self.data.data.column(name).chunks for name in ("trunk", "branches"))
+        for trunk, branches in zip(*columns, strict=True):
+            tokens = pc.list_value_length(trunk).to_numpy(zero_copy_only=False)
+            answers = pc.list_value_length(pc.list_flatten(branches)).to_numpy(zero_copy_only=False)
+            most = np.zeros(len(tokens), int)
+            np.maximum.at(most, pc.list_parent_indices(branches).to_numpy(), answers)
+            longest = max(longest, int((tokens + most).max(initial=0)))
+        return longest
+
+    def largest_token(self) -> int:
+        """The largest token id; -1 where there are none."""
+        flat = [pc.list_flatten(chunk) for chunk in self.data.data.column("trunk").chunks]
+        flat += [pc.list_flatten(pc.list_flatten(chunk)) for chunk in self.data.data.column("branches").chunks]
+        return max((pc.max(tokens).as_py() for tokens in flat if len(tokens)), default=-1)
+
     def num_answers(self) -> np.ndarray:
         """Branches of every item. Shape (items,)."""
         return pc.list_value_length(self.data.data.column("branches")).to_numpy()

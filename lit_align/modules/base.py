@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from lit_align.models.sharding import shard
 from lit_align.models.trees import TreeModel
+from lit_align.modules.fits import check_module
 from lit_align.modules.memory import MIB, keep_freed_memory, memory_budget, memory_for, peak_memory
 from lit_align.modules.restored import check_state
 from lit_align.modules.router import micro_step_with_router
@@ -112,6 +113,17 @@ class AlignModule(LightningModule):
         self.on_train_batch_start(batch, batch_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_fit_start(self) -> None:
+        """Refuse data that the model cannot take; see `check_data`."""
+        check_module(self)
+
+    on_test_start = on_predict_start = on_fit_start
+
+    def on_validation_start(self) -> None:
+        """The same, of a validation by itself."""
+        if self.trainer.validating:
+            check_module(self)
 
     # Optimizer and schedule.
 

@@ -42,6 +42,7 @@ class ReferencedModule(PolicyModule):
 
     def on_fit_start(self) -> None:
         """With `cache_reference`, let the reference go once it has said all that training will ask."""
+        super().on_fit_start()
         if self.cache_reference and self.needs_reference:
             self.reference_table = reference_table(self)
             if self.reference_table is not None:
