@@ -58,6 +58,7 @@ def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule
         kinds = f"{type(module).__name__} and {type(data).__name__}"
         raise ValueError(f"doctor knows the modules and data modules of lit_align, not {kinds}")
     data.module = module
+    data.new_tokens = getattr(getattr(module, "network", None), "new_tokens", ())
     data.prepare_data()
     data.setup("fit")
     findings = [*rows(data), *held_out(data)]

@@ -117,6 +117,7 @@ class TextDataModule(LightningDataModule):
         self.cache_dir = items_folder(cache_dir)
         self.position = Position()
         self.encoder: ChatEncoder | None = None
+        self.new_tokens: Sequence[str] = ()
         self._stores: dict[str, list[Store]] = {}
         self._order: Order | None = None
         self._held_out: list[Ref] = []
@@ -296,9 +297,12 @@ class TextDataModule(LightningDataModule):
         tally.write_down(self._encoder().written(prompt)[0])
 
     def _encoder(self) -> ChatEncoder:
-        if self.encoder is None:
+        # What the model in training gets rows for; it is not attached to what is only looked at.
+        module = getattr(self.trainer, "lightning_module", None)
+        self.new_tokens = getattr(getattr(module, "network", None), "new_tokens", None) or self.new_tokens
+        if self.encoder is None or not {*self.new_tokens} <= self.encoder.tokenizer.get_vocab().keys():
             options = self.chat_template, self.turns, self.template, self.trust_remote_code, self.revision
-            self.encoder = load_encoder(expand(self.tokenizer_name), *options)
+            self.encoder = load_encoder(expand(self.tokenizer_name), *options, self.new_tokens)
         return self.encoder
 
     def _build(self, source: Source) -> Store:

@@ -10,6 +10,7 @@ tokenizer's end of sequence is added to every answer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -304,8 +305,11 @@ def load_encoder(
     template: Template,
     trust_remote_code: bool,
     revision: str | None,
+    new_tokens: Sequence[str] = (),
 ) -> ChatEncoder:
     """The encoder of a folder or a hub name; see `TextDataModule`.
+
+    `new_tokens` are special tokens that are added if the tokenizer lacks them.
 
     `chat_template` is a name, a file or Jinja text; see `read_template`.
 
@@ -320,6 +324,8 @@ def load_encoder(
             f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
             f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
         ) from error
+    if lacking := [token for token in dict.fromkeys(new_tokens) if token not in tokenizer.get_vocab()]:
+        tokenizer.add_tokens(lacking, special_tokens=True)
     given = None if chat_template is None else read_template(chat_template)
     encoder = ChatEncoder(tokenizer, given, turns, template)
     if given is not None and (absent := absent_tokens(given, tokenizer)):

@@ -108,6 +108,19 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
 
 
+def tokenizer_of(network: Network) -> PreTrainedTokenizerBase:
+    """The tokenizer of a network: of its adapter if that has one, or else of its model, with the new tokens.
+
+    Raises:
+        ValueError: no such folder or hub name, or no usable tokenizer in it; names the file.
+    """
+    adapters = [network.adapter, network.lora.adapter if network.lora is not None else None]
+    own = [folder for folder in adapters if folder and any(Path(folder, file).exists() for file in _TOKENIZERS)]
+    tokenizer = load_tokenizer([*own, network.name][0], network.trust_remote_code, network.revision)
+    add_tokens(tokenizer, network.new_tokens)
+    return tokenizer
+
+
 # What a tokenizer lies in, by its kind; the first is the usual one.
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",

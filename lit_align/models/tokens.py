@@ -31,6 +31,23 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> lis
     return [tokenizer.get_vocab()[token] for token in new]
 
 
+def check_new_tokens(
+    tokens: Sequence[str], tokenizer: PreTrainedTokenizerBase, data: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse a tokenizer of the data that gives a new token another id than the model's.
+
+    Raises:
+        ValueError: names the token and its ids.
+    """
+    for token in tokens if data is not None else ():
+        ids = [known.get_vocab().get(token) for known in (tokenizer, data) if known is not None]
+        if len(set(ids)) > 1:
+            raise ValueError(
+                f"network.new_tokens: {token!r} is {ids[0]} in the model's vocabulary and {ids[1]} in that of "
+                "data.tokenizer: name the model of network.name there"
+            )
+
+
 @torch.no_grad()
 def grow(model: Any, ids: Sequence[int], rows: int | None = None) -> None:
     """Give a model rows for new tokens, each the mean of the rows before them.

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.models.language import LanguageModel
-from lit_align.models.load import load_causal_lm, load_tokenizer
+from lit_align.models.load import load_causal_lm, tokenizer_of
 from lit_align.models.lora import adapters_off, has_lora, without_dropout
 from lit_align.models.network import Network, as_network
+from lit_align.models.tokens import check_new_tokens
 from lit_align.modules.base import AlignModule
 from lit_align.modules.memory import memory_for
 from lit_align.modules.router import find_router_loss
@@ -65,7 +66,8 @@ class PolicyModule(AlignModule):
             self.policy = self.spread(LanguageModel(load_causal_lm(self.network), self.network.head))
             none = None if self.automatic_optimization else type(self).__name__
             self.router_loss = find_router_loss(self.policy, self.network.router_loss, none)
-            self.tokenizer = load_tokenizer(self.network.name, self.network.trust_remote_code, self.network.revision)
+            self.tokenizer = tokenizer_of(self.network)
+            check_new_tokens(self.network.new_tokens, self.tokenizer, getattr(self.datamodule, "tokenizer", None))
 
     def exported(self) -> Any:
         """The transformers model that the run leaves behind."""
