@@ -33,6 +33,7 @@ from lit_align.callbacks import (
     PredictionsFile,
     RunCheckpoint,
     SaveRunConfig,
+    Throughput,
     progress,
 )
 from lit_align.callbacks.checkpoint import BEST
@@ -116,6 +117,8 @@ class AlignCLI(LightningCLI):
         config.out = str(out)
         if (pattern := config.checkpoint.filename) and (".." in Path(pattern).parts or Path(pattern).is_absolute()):
             raise ConfigError(f"checkpoint.filename: {pattern!r} leads out of the run's folder: give a name in it")
+        if self.subcommand == "fit":
+            end_of_training(config.trainer)
         config.checkpoint.dirpath = str(out / "checkpoints")
         config.trainer.default_root_dir = str(out)
 
@@ -142,6 +145,7 @@ class AlignCLI(LightningCLI):
         if self.subcommand == "fit":
             if not any(isinstance(c, DivergenceGuard) for c in _list(told.callbacks)):
                 callbacks.append(DivergenceGuard())
+            callbacks.append(Throughput())
             callbacks.append(HFExport(out / "model", run=out, which=config.export))
         if self.subcommand == "predict":
             callbacks.append(PredictionsFile(out / "completions.jsonl"))
@@ -209,6 +213,17 @@ def built(args: list[str]) -> tuple[LightningModule, LightningDataModule | None]
 @rank_zero_only
 def _warn_of_secrets(config: Any) -> None:
     secret.warn_of(config.as_dict())
+
+
+def end_of_training(trainer: Any) -> None:
+    """One epoch where a configuration sets no end: Lightning would take 1,000, which overfits any set of rows.
+
+    Args:
+        trainer: its `trainer` part; `max_epochs` is set in it.
+    """
+    if trainer.max_epochs is None and trainer.max_steps in (None, -1) and trainer.max_time is None:
+        trainer.max_epochs = 1
+        print("neither trainer.max_epochs nor trainer.max_steps is set: the run takes 1 epoch")
 
 
 def _list(value: Any) -> list[Any]:

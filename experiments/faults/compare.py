@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lit_align.callbacks import AtomicCheckpointIO
+from lit_align.callbacks.throughput import TIMED
 
 # Of a checkpoint: all but its callbacks' paths, and the run's configuration, which holds its folder.
 STATE = ("state_dict", "optimizer_states", "lr_schedulers", "rng", "global_step", "epoch", "loops")
@@ -30,7 +31,11 @@ def identical(one: Any, other: Any) -> bool:
 
 
 def _content(file: Path, out: Path) -> bytes:
-    """What is in a file; the title of a model card is the name of its run's folder."""
+    """What is in a file; of metrics.csv, without what a clock decides; without a model card's title, the run's name."""
+    if file.name == "metrics.csv":
+        rows = list(csv.reader(file.read_text().splitlines()))
+        kept = [i for i, name in enumerate(rows[0]) if name not in TIMED]
+        return json.dumps([[row[i] for i in kept] for row in rows]).encode()
     return file.read_bytes().replace(f"# {out.name}\n".encode(), b"", 1 if file.name == "README.md" else 0)
 
 

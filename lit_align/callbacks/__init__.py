@@ -12,6 +12,7 @@ from lit_align.callbacks.normalize import NormalizeReward
 from lit_align.callbacks.predictions import PredictionsFile
 from lit_align.callbacks.progress import ProgressLines, progress
 from lit_align.callbacks.save_config import SaveRunConfig
+from lit_align.callbacks.throughput import Throughput
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -26,6 +27,7 @@ __all__ = [
     "ProgressLines",
     "RunCheckpoint",
     "SaveRunConfig",
+    "Throughput",
     "WeightEMA",
     "progress",
 ]

@@ -18,6 +18,7 @@ from lit_align import limits
 from lit_align.callbacks.chosen import Chosen
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
+from lit_align.callbacks.throughput import TIMED
 from lit_align.data.base import TextDataModule
 from lit_align.display import printable
 
@@ -88,7 +89,9 @@ def model_card(
         data=manifest.get("data") or getattr(datamodule, "manifest", list)(),
         steps=picked.step if picked else trainer.global_step,
         picked=picked if picked and picked.which != "last" else None,
-        metrics={name: logged[name] for name in sorted(logged, key=_held_out_first) if name not in ("epoch", "step")},
+        metrics={
+            name: logged[name] for name in sorted(logged, key=_held_out_first) if name not in ("epoch", "step", *TIMED)
+        },
         lineage=lineage,
         environment=_environment(manifest or environment()),
         config=(text := yaml.safe_dump(config, sort_keys=False).strip() if config else ""),

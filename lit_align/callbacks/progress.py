@@ -48,7 +48,7 @@ class ProgressLines(ProgressBar):
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in self.get_metrics(trainer, pl_module).items()
         )
-        say(f"  batch {done}/{total:.0f}  {metrics}  {left:.0f} s left")
+        say(f"  batch {done}/{total:.0f}  {metrics}  {duration(left)} left")
 
     @staticmethod
     def _total_batches(trainer: Trainer) -> float:
@@ -57,6 +57,21 @@ class ProgressLines(ProgressBar):
         per_batch = getattr(trainer.lightning_module, "optimizer_steps_per_batch", 1) / trainer.accumulate_grad_batches
         by_steps = trainer.max_steps / per_batch if trainer.max_steps >= 0 else float("inf")
         return min(by_epochs, by_steps)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or the two largest units that suit: 45 s, 12 min, 3 h 20 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds == float("inf"):
+        return "no known time"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
 
 
 def progress() -> Callback:

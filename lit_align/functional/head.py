@@ -21,6 +21,7 @@ def linear_logprobs(
     entropies: bool = False,
     chunk: int = 128,
     hold: int | None = None,
+    hits_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log p(target) under a linear head without bias, and the entropy of p, both from one pass over the logits.
 
@@ -41,13 +42,16 @@ def linear_logprobs(
         entropies: also give them.
         chunk: rows whose logits are looked at together.
         hold: rows whose probabilities there is memory for; null for all.
+        hits_S: written to, if given: whether no token is more probable than the target. Shape (S,), bool.
 
     Returns:
         Log-probabilities in nats, shape (S,), in fp32 or float64; and entropies in nats, shape (S,), without gradient,
         or None.
     """
     hold = max(len(hidden_SH), 1) if hold is None else hold
-    options = temperature, top_p, entropies, min(chunk, hold), hold, torch.is_grad_enabled()
+    # In a list, which autograd does not look into: it is no part of the graph.
+    hits = [] if hits_S is None else [hits_S]
+    options = temperature, top_p, entropies, min(chunk, hold), hold, torch.is_grad_enabled(), hits
     # Whoever calls has chosen the product's precision; sums over the vocabulary are for none but fp32.
     with torch.autocast(hidden_SH.device.type, enabled=False):
         logps_S, entropies_S = _LinearLogprobs.apply(hidden_SH, weight_VH, target_S, *options)
@@ -69,6 +73,7 @@ class _LinearLogprobs(torch.autograd.Function):
         chunk: int,
         hold: int,
         learning: bool,
+        hits: list[Tensor],
     ) -> tuple[Tensor, Tensor | None]:
         ctx.options = temperature, top_p, chunk, hold
         count = len(hidden_SH)
@@ -90,6 +95,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 logits_CV, target_C1 = room_PV[start - first : at.stop - first], target_S[at, None]
                 _logits(hidden_SH[at], weight_VH, target_S[at], temperature, top_p, logits_CV)
                 said_S[at] = logits_CV.gather(1, target_C1)[:, 0]
+                for hits_S in hits:
+                    hits_S[at] = said_S[at] >= logits_CV.amax(-1)
                 before_CV = scratch_CV[: len(logits_CV)].copy_(logits_CV) if averages else None
                 probs_CV = torch.softmax(logits_CV, -1, out=logits_CV)
                 logps_S[at] = probs_CV.gather(1, target_C1)[:, 0].log()
@@ -128,7 +135,7 @@ class _LinearLogprobs(torch.autograd.Function):
         elif to_hidden:
             grad_hidden = torch.empty_like(hidden_SH)
         if not to_weight and (pull_SH is not None or not to_hidden):
-            return grad_hidden, None, None, None, None, None, None, None, None
+            return grad_hidden, *[None] * 9
         # A CPU's product with few columns runs at two thirds of the rate of its transpose.
         narrow = weight_VH.device.type == "cpu" and weight_VH.shape[1] <= 128
         early = weight_VH.dtype == torch.float16
@@ -156,7 +163,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight = product_VH if grad_weight is None else grad_weight.add_(product_VH)
         if to_weight:
             grad_weight = torch.zeros_like(weight_VH) if grad_weight is None else grad_weight.to(weight_VH.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 8
 
 
 def _exact(states: Tensor) -> bool:

@@ -26,11 +26,13 @@ class TokenScores(NamedTuple):
         logps_S: log-probabilities, in nats.
         entropies_S: entropies of the next-token distributions, in nats, without gradient; None unless asked for.
         hidden_SH: the hidden states that predict, for a value head on the same trunk.
+        hits_S: whether no token is more probable than the scored one; None unless asked for, and with a fused head.
     """
 
     logps_S: Tensor
     entropies_S: Tensor | None
     hidden_SH: Tensor
+    hits_S: Any = None
 
     def sums(self, batch: PackedBatch) -> Tensor:
         """Log-probability of each sequence: the sum over its scored tokens. Shape (Q,)."""
@@ -85,12 +87,17 @@ class LanguageModel(TreeModel):
             )
 
     def forward(
-        self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0, entropies: bool = False
+        self,
+        batch: PackedBatch,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        entropies: bool = False,
+        hits: bool = False,
     ) -> TokenScores:
         """Score a batch under the distribution that temperature and nucleus shape; see `shape_logits`."""
         hidden_SH, rows = self.hidden(batch)
         if not self._plain_head():
-            return self._in_pieces(hidden_SH, rows.target_S, temperature, top_p, entropies)
+            return self._in_pieces(hidden_SH, rows.target_S, temperature, top_p, entropies, hits)
         states_SH, weight_VH = self._in_precision(hidden_SH)
         path = self._path(states_SH, temperature, top_p, entropies)
         if path in FUSED:
@@ -99,10 +106,12 @@ class LanguageModel(TreeModel):
         # On a GPU only the scratch tensor is bounded, for which an eighth of the logits is enough.
         limit = self.cached_bytes if hidden_SH.device.type == "cpu" else self.dense_bytes // 8
         options = temperature, top_p, entropies, max(limit // row, 1), max(self.dense_bytes // row, 1)
-        return TokenScores(*linear_logprobs(states_SH, weight_VH, rows.target_S, *options), hidden_SH)
+        hits_S = torch.empty_like(rows.target_S, dtype=torch.bool) if hits else None
+        scores = linear_logprobs(states_SH, weight_VH, rows.target_S, *options, hits_S)
+        return TokenScores(*scores, hidden_SH, hits_S)
 
     def _in_pieces(
-        self, hidden_SH: Tensor, target_S: Tensor, temperature: float, top_p: float, entropies: bool
+        self, hidden_SH: Tensor, target_S: Tensor, temperature: float, top_p: float, entropies: bool, hits: bool
     ) -> TokenScores:
         """Where the head does more than a product: through `logits`, checkpointed where they are large."""
         why_not = f"the head of {type(self.hf).__name__} is more than a product" if self.head != "own" else None
@@ -110,20 +119,23 @@ class LanguageModel(TreeModel):
         self._say("chunked" if chunks > 1 else "dense", hidden_SH, why_not)
         pieces = []
         for part_SH, part_S in zip(hidden_SH.chunk(chunks), target_S.chunk(chunks), strict=True):
-            arguments = (part_SH, part_S, temperature, top_p, entropies)
+            arguments = (part_SH, part_S, temperature, top_p, entropies, hits)
             recompute = chunks > 1 and torch.is_grad_enabled()
             pieces.append(
                 checkpoint(self._score, *arguments, use_reentrant=False) if recompute else self._score(*arguments)
             )
-        logps_S = torch.cat([logps for logps, _ in pieces])
-        entropies_S = torch.cat([entropy for _, entropy in pieces]) if entropies else None
-        return TokenScores(logps_S, entropies_S, hidden_SH)
+        logps_S = torch.cat([logps for logps, *_ in pieces])
+        entropies_S = torch.cat([entropy for _, entropy, _ in pieces]) if entropies else None
+        return TokenScores(logps_S, entropies_S, hidden_SH, torch.cat([hit for *_, hit in pieces]) if hits else None)
 
     def _score(
-        self, hidden_SH: Tensor, target_S: Tensor, temperature: float, top_p: float, entropies: bool
-    ) -> tuple[Tensor, Any]:
+        self, hidden_SH: Tensor, target_S: Tensor, temperature: float, top_p: float, entropies: bool, hits: bool
+    ) -> tuple[Tensor, Any, Any]:
         logits_SV = shape_logits(self.logits(hidden_SH), temperature, top_p, keep_S=target_S)
-        return token_logprobs(logits_SV, target_S), token_entropies(logits_SV.detach()) if entropies else None
+        fixed_SV = logits_SV.detach()
+        entropies_S = token_entropies(fixed_SV) if entropies else None
+        hits_S = fixed_SV.gather(1, target_S[:, None])[:, 0] >= fixed_SV.amax(-1) if hits else None
+        return token_logprobs(logits_SV, target_S), entropies_S, hits_S
 
     def _path(self, states_SH: Tensor, temperature: float, top_p: float, entropies: bool) -> str:
         """Which way a head that is one matrix is gone through."""

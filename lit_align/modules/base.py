@@ -25,6 +25,7 @@ from lit_align.modules.restored import check_state
 from lit_align.modules.router import micro_step_with_router
 from lit_align.modules.schedule import Schedule, training_batches
 from lit_align.modules.strategy import check_strategy, scale_gradients
+from lit_align.modules.tracking import TokensSeen, gradient_norm, learning_rate, on_host, whole_norm
 from lit_align.modules.zero import ZeROStrategy
 from lit_align.types import PackedBatch, PreferenceBatch, PromptBatch
 
@@ -64,6 +65,7 @@ class AlignModule(LightningModule):
         # Frozen weights are not in checkpoints: see on_save_checkpoint.
         self.strict_loading = False
         self._sums: dict[str, tuple[Any, int]] = {}
+        self.tokens_seen = TokensSeen()
         self._divided = False
         self._rng: dict[str, Any] | None = None
         self._work = "a micro-batch"
@@ -192,7 +194,9 @@ class AlignModule(LightningModule):
         return loss * self.trainer.accumulate_grad_batches
 
     def _forward_of(self, batch: Any) -> Tensor:
-        with self.working_on(getattr(batch, "packed", batch)):
+        packed = getattr(batch, "packed", batch)
+        with self.working_on(packed):
+            self.tokens_seen.add(packed)
             return micro_step_with_router(self, batch)
 
     @contextlib.contextmanager
@@ -219,11 +223,13 @@ class AlignModule(LightningModule):
         """Step, and only now forget the gradients."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
+        if isinstance(strategy := self.trainer.strategy, ZeROStrategy):
+            self.log_tracked({"grad_norm": strategy.gradient_norm()})
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Nothing: Lightning calls this after `training_step`, which has left gradients by then."""
 
-    def accumulate(self, loss_sum: Tensor, count: int, **measures: tuple[Tensor, int]) -> Tensor:
+    def accumulate(self, loss_sum: Tensor, count: int, **measures: tuple[Tensor, Tensor | int]) -> Tensor:
         """What `micro_step` returns: the *sum* of losses over a micro-batch, and its count kept for later.
 
         A mean per micro-batch, averaged over micro-batches and ranks, is another loss than the mean over the batch
@@ -244,8 +250,9 @@ class AlignModule(LightningModule):
         """Divide the gradient of summed losses by the count over all micro-batches and ranks."""
         if not self.automatic_optimization:
             return
-        numbers = self.sum_over_ranks([number for pair in self._sums.values() for number in pair])
-        sums = dict(zip(self._sums, numbers.reshape(-1, 2), strict=True))
+        own = [number for pair in self._sums.values() for number in pair]
+        *numbers, processed, scored = self.sum_over_ranks([*own, *self.tokens_seen.latest()])
+        sums = dict(zip(self._sums, torch.stack(numbers).reshape(-1, 2), strict=True))
         # Distributed strategies average gradients over ranks: undo that too.
         scale = self.trainer.world_size / float(sums["loss"][1])
         scale_gradients(self.trainer.strategy, optimizer, 1.0 if self._divided else scale)
@@ -253,6 +260,12 @@ class AlignModule(LightningModule):
             if count:  # no pair in the whole step has no accuracy
                 self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))
         self._sums = {}
+        self.log_tracked({"learning_rate": learning_rate(optimizer), **self.tokens_seen.settle([processed, scored])})
+
+    def log_tracked(self, values: dict[str, Tensor]) -> None:
+        """Log what is the same on all ranks, as `train/NAME`."""
+        for name, value in values.items():
+            self.log(f"train/{name}", value)
 
     def configure_gradient_clipping(
         self,
@@ -260,20 +273,23 @@ class AlignModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip under bf16 with a fused optimizer too: Lightning refuses, for the sake of a scaler that bf16 has not."""
+        """Log the norm, and clip: under bf16 with a fused optimizer too, where Lightning refuses (as in fp16)."""
         plugin = self.trainer.precision_plugin
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = None
+        if not isinstance(self.trainer.strategy, ZeROStrategy):  # which has no gradients here: see optimizer_step
+            norm = gradient_norm(parameters)
+            self.log_tracked({"grad_norm": whole_norm(norm)})
         if not gradient_clip_val or not isinstance(plugin, MixedPrecision) or plugin.scaler is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
+        elif gradient_clip_algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        elif norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def sum_over_ranks(self, values: Iterable[Tensor | float]) -> Tensor:
         """Scalars summed over all processes."""
-        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values])
+        stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in on_host(values)])
         if self.trainer.world_size > 1:
             stacked = self.trainer.strategy.reduce(stacked.to(self.device), reduce_op="sum")
         return stacked
@@ -339,11 +355,13 @@ class AlignModule(LightningModule):
         if torch.cuda.is_available() and self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint["rng"] = self.from_ranks(rng)
+        checkpoint["tokens_seen"] = self.tokens_seen.totals
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that lacks trained weights: without strict loading they would stay as they are."""
         check_state(self.state_dict(), checkpoint["state_dict"], self.frozen())
         self._rng = dict(enumerate(checkpoint["rng"])).get(self.global_rank)
+        self.tokens_seen.totals = list(checkpoint.get("tokens_seen", self.tokens_seen.totals))  # older ones have none
 
     def on_train_start(self) -> None:
         """Say what will be held in memory; and continue the random sequence of the checkpoint, if there is one."""

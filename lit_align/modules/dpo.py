@@ -17,11 +17,15 @@ from lit_align.functional.dpo_losses import (
     LossName,
     loss_options,
 )
+from lit_align.functional.kto import verdicts
 from lit_align.functional.reward import RankedPairs, ranked_pairs
 from lit_align.models.network import Network
 from lit_align.modules.kto import ReferencePointModule
-from lit_align.modules.metrics import PairAccuracy, hits
+from lit_align.modules.metrics import Means, PairAccuracy, hits, judged_rewards
 from lit_align.types import PreferenceBatch
+
+OF_PAIRS = ("chosen_reward", "rejected_reward", "margin", "chosen_logp", "rejected_logp")
+OF_JUDGED = ("desired_reward", "undesired_reward", "judged_accuracy")
 
 
 class DPOModule(ReferencePointModule):
@@ -63,6 +67,7 @@ class DPOModule(ReferencePointModule):
         self.nll_coef = nll_coef
         self.loss = MeanMetric()
         self.accuracy = PairAccuracy()
+        self.means = Means(*OF_PAIRS, *(OF_JUDGED if self.kto else ()))
 
     def configure_model(self) -> None:
         """Load the policy and, if the loss looks at it, the reference; once."""
@@ -95,8 +100,26 @@ class DPOModule(ReferencePointModule):
         """Implicit rewards of the better and the worse answers, per token where the loss is. Shapes (P,)."""
         return implicit_rewards(logps.per_token() if self.loss_name in PER_TOKEN else logps, self.beta)
 
+    def measures(self, batch: PreferenceBatch, logps: PairLogps, log_ratio_Q: Tensor) -> dict[str, tuple[Tensor, Any]]:
+        """Sums and counts: of pairs, implicit rewards, their margin and log-probabilities; of KTO, judged answers."""
+        better_P, worse_P = self.rewards(logps)
+        sums_P = {
+            "chosen_reward": better_P,
+            "rejected_reward": worse_P,
+            "margin": better_P - worse_P,
+            "chosen_logp": logps.better_P,
+            "rejected_logp": logps.worse_P,
+        }
+        found: dict[str, tuple[Tensor, Any]] = {
+            name: (values_P.sum(), values_P.numel()) for name, values_P in sums_P.items()
+        }
+        if self.kto:
+            verdict_Q = verdicts(batch.rank_Q, batch.packed.example_Q)
+            found |= judged_rewards(self.beta * log_ratio_Q.detach(), verdict_Q, self.beta * self.reference_point)
+        return found
+
     def micro_step(self, batch: PreferenceBatch) -> Tensor:
-        """Loss per prompt, and its pairs' mean implicit rewards."""
+        """Loss per prompt, and what `measures` says of its answers."""
         pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
         logps, log_ratio_Q = self.pair_logps(batch, pairs)
         better_P, worse_P = self.rewards(logps)
@@ -104,9 +127,8 @@ class DPOModule(ReferencePointModule):
         return self.accumulate(
             self.loss_sum(batch, pairs, logps, log_ratio_Q),
             batch.packed.num_examples,
-            chosen_reward=(better_P.sum(), better_P.numel()),
-            rejected_reward=(worse_P.sum(), worse_P.numel()),
             accuracy=(hits(better_P, worse_P).sum(), better_P.numel()),
+            **self.measures(batch, logps, log_ratio_Q),
         )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -116,16 +138,22 @@ class DPOModule(ReferencePointModule):
         count = batch.packed.num_examples
         self.loss.update(self.loss_sum(batch, pairs, logps, log_ratio_Q) / count, count)
         self.accuracy.update(*self.rewards(logps), pairs.example_P, count)
+        self.means.update(**self.measures(batch, logps, log_ratio_Q))
 
     def on_validation_epoch_end(self) -> None:
-        """Log."""
+        """Log. Without any pair, as of answers that were judged one by one, accuracy is that of the judged answers."""
         share, low, high = self.accuracy.compute()
+        means = self.means.compute()
+        alone = share.isnan() and "judged_accuracy" in means
         self.log(f"{self.stage}/loss", self.loss.compute())
-        self.log(f"{self.stage}/accuracy", share, prog_bar=True)
-        self.log(f"{self.stage}/accuracy_low", low)
-        self.log(f"{self.stage}/accuracy_high", high)
-        self.loss.reset()
-        self.accuracy.reset()
+        self.log(f"{self.stage}/accuracy", means["judged_accuracy"] if alone else share, prog_bar=True)
+        if not alone:
+            self.log(f"{self.stage}/accuracy_low", low)
+            self.log(f"{self.stage}/accuracy_high", high)
+        for name, mean in means.items():
+            self.log(f"{self.stage}/{name}", mean)
+        for metric in (self.loss, self.accuracy, self.means):
+            metric.reset()
 
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end

@@ -1,4 +1,4 @@
-"""Held-out accuracy on pairs, and loss by source: counted by example, and synchronised over ranks once an epoch."""
+"""Held-out accuracy on pairs, loss by source, means: synchronised over ranks once an epoch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,36 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lit_align.functional.interval import clustered_share
+from lit_align.functional.reward import RankedPairs
 from lit_align.types import PackedBatch
 
 
 def hits(better_P: Tensor, worse_P: Tensor) -> Tensor:
     """Of each pair 1 where the better answer scores higher, a half where both score the same, else 0. Shape (P,)."""
     return (better_P > worse_P).float() + 0.5 * (better_P == worse_P).float()
+
+
+def score_margin(score_Q: Tensor, pairs: RankedPairs) -> tuple[Tensor, int]:
+    """How much higher the better answers of pairs score: a sum, and the number of pairs."""
+    gap_P = score_Q[pairs.better_P] - score_Q[pairs.worse_P]
+    return gap_P.detach().sum(), gap_P.numel()
+
+
+def judged_rewards(reward_Q: Tensor, verdict_Q: Tensor, reference_point: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums and counts over answers that KTO takes for desirable or undesirable.
+
+    Args:
+        reward_Q: implicit reward. Shape (Q,).
+        verdict_Q: 1, -1, or 0 for neither; see `verdicts`. Shape (Q,).
+        reference_point: what a reward is held against: right is above it for 1, below it for -1.
+    """
+    wanted_Q, unwanted_Q = verdict_Q > 0, verdict_Q < 0
+    right_Q = hits(verdict_Q * reward_Q, verdict_Q * reference_point) * verdict_Q.abs()
+    return {
+        "desired_reward": (reward_Q[wanted_Q].sum(), wanted_Q.sum()),
+        "undesired_reward": (reward_Q[unwanted_Q].sum(), unwanted_Q.sum()),
+        "judged_accuracy": (right_Q.sum(), verdict_Q.abs().sum()),
+    }
 
 
 class PairAccuracy(Metric):
@@ -41,6 +65,38 @@ class PairAccuracy(Metric):
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Share, lower and upper end."""
         return clustered_share(dim_zero_cat(self.hits), dim_zero_cat(self.counts))
+
+
+class Means(Metric):
+    """Means by name, each over all that was counted under it.
+
+    `compute` leaves out what nothing was counted under.
+
+    Args:
+        names: of the means.
+    """
+
+    full_state_update = False
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.names = names
+        for name in names:
+            for kind in ("sum", "count"):
+                self.add_state(f"{kind}_{name}", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, **measures: tuple[Tensor, Tensor | int]) -> None:
+        """Add sums and their counts; names that are not among these are passed over."""
+        for name in self.names:
+            if name in measures:
+                total, count = measures[name]
+                setattr(self, f"sum_{name}", getattr(self, f"sum_{name}") + total.detach())
+                setattr(self, f"count_{name}", getattr(self, f"count_{name}") + count)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means, by name."""
+        counts = {name: getattr(self, f"count_{name}") for name in self.names}
+        return {name: getattr(self, f"sum_{name}") / count for name, count in counts.items() if count}
 
 
 class LossBySource(Metric):

@@ -241,6 +241,27 @@ class OnPolicyModule(PolicyModule):
             **{f"reward_{name}": part_Q.mean() for name, part_Q in self.reward.parts().items()},
         }
 
+    def shape_of(self, rollout: Rollout, scores_Q: Tensor) -> dict[str, Tensor]:
+        """Over all ranks: the longest answer, the share cut for want of room, the share of groups that teach nothing.
+
+        A group whose answers all have one score has no advantage, and therefore no gradient of a reward.
+        """
+        lengths = [len(completion.tokens) for completion in rollout.completions]
+        most = torch.tensor([float(max(lengths, default=0))])
+        cut = torch.tensor([float(not completion.finished) for completion in rollout.completions])
+        found = {"length_max": self.over_ranks(most).max(), "cut": self.mean_over_ranks(cut)}
+        if rollout.samples > 1:
+            groups_EK = scores_Q.reshape(-1, rollout.samples)
+            alike_E = (groups_EK == groups_EK[:, :1]).all(1)
+            found["groups_without_variance"] = self.mean_over_ranks(alike_E.double())
+        return found
+
+    def log_steps(self, stats: Sequence[dict[str, Tensor]]) -> None:
+        """Log of an iteration what every method logs of a step: the rate and the norm are means over its steps."""
+        seen = self.tokens_seen.settle(self.sum_over_ranks(self.tokens_seen.latest()))
+        means = {name: torch.stack([s[name] for s in stats]).mean() for name in ("learning_rate", "grad_norm")}
+        self.log_tracked({**means, **seen})
+
     def drift(self, rollout: Rollout, picked: Sequence[Tensor], experience: Sequence[Experience]) -> dict[str, Tensor]:
         """How far training is from sampling before the first step, over all ranks; nothing if the engine does not say.
 

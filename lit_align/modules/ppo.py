@@ -27,6 +27,7 @@ from lit_align.models.roles import load_role, trained_apart
 from lit_align.models.scalar import Scorer, ValueHead
 from lit_align.modules.on_policy import Experience, OnPolicyModule
 from lit_align.modules.options import Advantage, check_ppo
+from lit_align.modules.tracking import learning_rate
 from lit_align.rewards import Reward
 from lit_align.types import PackedBatch, PromptBatch, Rollout
 
@@ -181,7 +182,9 @@ class PPOModule(OnPolicyModule):
                 else:
                     stats.append(self.update([experience[i] for i in chosen.tolist()], batch.ptx))
                     experience = [old._replace(scored=None) for old in experience]
-        self.log_all("ppo", {name: torch.stack([s[name] for s in stats]).mean() for name in stats[0]})
+        logged = [name for name in stats[0] if name != "learning_rate"]
+        self.log_all("ppo", {name: torch.stack([s[name] for s in stats]).mean() for name in logged})
+        self.log_steps(stats)
         self.log_all("ppo", {"first_ratio": stats[0]["ratio"], "iteration": torch.tensor(float(self.iteration))})
         if self.target_kl is not None:
             taken = len(stats) - int(self.too_far(stats[-1]["approx_kl"]))
@@ -201,6 +204,7 @@ class PPOModule(OnPolicyModule):
         reused = len(picked) == 1 and not self.one_backward and not self.ptx_coef
         for sequences in picked:
             batch = self.packed(rollout.pick(sequences.tolist()))
+            self.tokens_seen.add(batch)
             with torch.set_grad_enabled(reused):
                 scored = self.scores(batch, entropies=True)
             logps_S, values_S = scored.logps_S.detach(), self.values(batch, scored)
@@ -228,6 +232,7 @@ class PPOModule(OnPolicyModule):
         """The reward of each answer, as PPO takes it. Shape (Q,)."""
         scores_Q = self.reward(rollout)
         self.log_all("ppo", self.measures(rollout, scores_Q), prog_bar=("reward",))
+        self.log_all("ppo", self.shape_of(rollout, scores_Q))
         return self._shaped(rollout, scores_Q)
 
     @torch.no_grad()
@@ -310,7 +315,8 @@ class PPOModule(OnPolicyModule):
             # A parameter without a gradient is one that the optimizer leaves alone, its weight decay and all.
             for parameter in self.parameter_groups()[0]["params"]:
                 parameter.grad = None
-        return {**means, "grad_norm": self.step(take=not self.too_far(means["approx_kl"]))}
+        rate = learning_rate(self.optimizers())
+        return {**means, "learning_rate": rate, "grad_norm": self.step(take=not self.too_far(means["approx_kl"]))}
 
     def gradients(self, old: Experience, weights_S: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward and backward of a micro-batch; returns its log-probabilities and each loss of each token."""

@@ -22,7 +22,7 @@ from lit_align.models.load import load_scorer
 from lit_align.models.network import Network, as_network
 from lit_align.models.scalar import ScalarModel
 from lit_align.modules.base import AlignModule
-from lit_align.modules.metrics import PairAccuracy, hits
+from lit_align.modules.metrics import Means, PairAccuracy, hits, score_margin
 from lit_align.modules.router import find_router_loss
 from lit_align.types import PreferenceBatch
 
@@ -69,6 +69,7 @@ class RewardModule(AlignModule):
         self.loss, self.correlation = MeanMetric(), PearsonCorrCoef()
         self.accuracy, self.length_accuracy = PairAccuracy(), PairAccuracy()
         self.scores = CatMetric()
+        self.means = Means("margin")
 
     def configure_model(self) -> None:
         """Load the backbone and its head, once."""
@@ -101,12 +102,17 @@ class RewardModule(AlignModule):
         return (pairs.weight_P * loss_P).sum()
 
     def micro_step(self, batch: PreferenceBatch) -> Tensor:
-        """Loss per prompt, and the share of its pairs that is right."""
+        """Loss per prompt, the share of its pairs that is right, by how much, and the mean score of its answers."""
         score_Q = self.scorer(batch.packed)
         pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
         hit_P = hits(score_Q[pairs.better_P], score_Q[pairs.worse_P])
-        accuracy = hit_P.sum(), hit_P.numel()
-        return self.accumulate(self.loss_sum(score_Q, batch), batch.packed.num_examples, accuracy=accuracy)
+        return self.accumulate(
+            self.loss_sum(score_Q, batch),
+            batch.packed.num_examples,
+            accuracy=(hit_P.sum(), hit_P.numel()),
+            margin=score_margin(score_Q, pairs),
+            score_mean=(score_Q.detach().sum(), score_Q.numel()),
+        )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Loss, accuracy on pairs, and beside it that of a model which only counts tokens and likes few."""
@@ -118,6 +124,7 @@ class RewardModule(AlignModule):
         for metric, values_Q in ((self.accuracy, score_Q), (self.length_accuracy, -length_Q)):
             metric.update(values_Q[pairs.better_P], values_Q[pairs.worse_P], pairs.example_P, packed.num_examples)
         self.scores.update(score_Q)
+        self.means.update(margin=score_margin(score_Q, pairs))
         if self.loss_name == "regression":
             self.correlation.update(score_Q, batch.every_grade_Q.to(score_Q))
 
@@ -135,7 +142,9 @@ class RewardModule(AlignModule):
         self.log(f"{self.stage}/score_std", scores.std())
         if self.loss_name == "regression":
             self.log(f"{self.stage}/correlation", self.correlation.compute(), prog_bar=True)
-        for metric in (self.loss, self.accuracy, self.length_accuracy, self.scores, self.correlation):
+        for name, mean in self.means.compute().items():
+            self.log(f"{self.stage}/{name}", mean)
+        for metric in (self.loss, self.accuracy, self.length_accuracy, self.scores, self.correlation, self.means):
             metric.reset()
         if self.normalize and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.scorer.normalize(scores.mean().item(), max(scores.std().item(), 1e-6))

@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric
 
 from lit_align.functional.sft import SFT_LOSSES, LossName, sft_loss
 from lit_align.models.network import Network
-from lit_align.modules.metrics import LossBySource
+from lit_align.modules.metrics import LossBySource, Means
 from lit_align.modules.neftune import noisy_embeddings
 from lit_align.modules.policy import PolicyModule
 from lit_align.types import PackedBatch
@@ -40,20 +40,29 @@ class SFTModule(PolicyModule):
         self.neftune_alpha = neftune_alpha
         self.loss = MeanMetric()
         self.loss_by_source = LossBySource()
+        self.means = Means("token_accuracy")
 
     def micro_step(self, batch: PackedBatch) -> Tensor:
-        """The loss of the scored tokens."""
+        """The loss of the scored tokens, and the share of them that are the most probable ones."""
         if not self.neftune_alpha:
-            return self.accumulate(*self.loss_function(self.policy(batch).logps_S))
+            return self._loss(batch)
         with noisy_embeddings(self.policy, batch, self.neftune_alpha, seed=self.seed * 1_000_003 + self.global_step):
-            return self.accumulate(*self.loss_function(self.policy(batch).logps_S))
+            return self._loss(batch)
+
+    def _loss(self, batch: PackedBatch) -> Tensor:
+        scored = self.policy(batch, hits=True)
+        accuracy = {} if scored.hits_S is None else {"token_accuracy": (scored.hits_S.sum(), batch.num_scored)}
+        return self.accumulate(*self.loss_function(scored.logps_S), **accuracy)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
         """Negative log-likelihood, to be a mean over all tokens of the held-out set."""
-        logps_S = self.policy(batch).logps_S
+        scored = self.policy(batch, hits=True)
+        logps_S = scored.logps_S
         loss, tokens = sft_loss(logps_S)
         self.loss.update(loss / tokens, tokens)
         self.loss_by_source.update(logps_S, batch)
+        if scored.hits_S is not None:
+            self.means.update(token_accuracy=(scored.hits_S.sum(), tokens))
 
     def on_validation_epoch_end(self) -> None:
         """Nats per token, and their exponential."""
@@ -61,6 +70,9 @@ class SFTModule(PolicyModule):
         self.loss.reset()
         self.log(f"{self.stage}/loss", loss, prog_bar=True)
         self.log(f"{self.stage}/perplexity", loss.exp())
+        for name, mean in self.means.compute().items():
+            self.log(f"{self.stage}/{name}", mean)
+        self.means.reset()
         self._log_by_source()
 
     def _log_by_source(self) -> None:

@@ -141,6 +141,10 @@ class ZeROStrategy(DDPStrategy):
         """Multiply the gradient of the step that comes, before it is clipped."""
         self.engine.optimizer.loss_scale = 1.0 / scale
 
+    def gradient_norm(self) -> torch.Tensor:
+        """Of the step that was taken, before it was clipped."""
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64).cpu()
+
     # Checkpoints: the state of an optimizer as if there were no slices.
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

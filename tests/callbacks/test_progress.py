@@ -12,6 +12,7 @@ import pytest
 from lightning.pytorch.callbacks import RichProgressBar
 
 from lit_align.callbacks import ProgressLines, progress
+from lit_align.callbacks.progress import duration
 
 
 def test_a_line_for_every_batch(fit: Callable, capsys: pytest.CaptureFixture) -> None:
@@ -64,3 +65,11 @@ def test_a_bar_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     for watched, kind in ((True, RichProgressBar), (False, ProgressLines)):
         monkeypatch.setattr(sys.stdout, "isatty", lambda watched=watched: watched)
         assert type(progress()) is kind
+
+
+def test_hours_are_hours() -> None:
+    said = {45.4: "45 s", 90: "2 min", 720: "12 min", 5369: "89 min", 5400: "1 h 30 min", 12_000: "3 h 20 min"}
+    assert {seconds: duration(seconds) for seconds in said} == said
+    assert duration(47.9 * 3600) == "47 h 54 min"
+    assert duration(60 * 3600) == "2 d 12 h"
+    assert duration(float("inf")) == "no known time"

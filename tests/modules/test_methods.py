@@ -139,7 +139,7 @@ def test_rewards_are_normalised_on_held_out_answers_and_exported_so(place: Path)
 
 def test_test_and_predict(place: Path) -> None:
     (metrics,) = trainer().test(SFTModule(network(place)), demos(place), verbose=False)
-    assert set(metrics) == {"test/loss", "test/perplexity"}
+    assert set(metrics) == {"test/loss", "test/perplexity", "test/token_accuracy"}
     prompts = PromptDataModule(
         str(place / "model"), [Source(str(place / "demos.json"))], val_fraction=0.9, batch_size=3, cache_dir="none"
     )

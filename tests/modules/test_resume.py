@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support.configs import METHODS, config
+from support.metrics import steady
 from support.runs import write_rows
 from support.tiny import tiny_folder
 
@@ -47,7 +48,7 @@ def outcome(out: Path) -> tuple[dict[str, torch.Tensor], list[str], str, dict]:
     card = (out / "model" / "README.md").read_text().replace(f"# {out.name}", "# model")
     return (
         load_file(out / "model" / "model.safetensors"),
-        (out / "metrics.csv").read_text().splitlines(),
+        steady(out / "metrics.csv").splitlines(),
         card,
         state,
     )
