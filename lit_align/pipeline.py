@@ -29,7 +29,7 @@ import yaml
 from lit_align import claim, display, limits, secret
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
-from lit_align.disk import write_whole
+from lit_align.disk import sync_tree, write_whole
 from lit_align.names import check_folder, check_name
 from lit_align.owned import check_output
 from lit_align.rounds import Slot, unroll
@@ -291,6 +291,7 @@ class Pipeline:
             seconds = before + time.monotonic() - started
             write_json(folder / "stage.json", {"key": key, "seconds": seconds})
         files = {"outputs": outputs(stage.kind, folder), "inputs": inputs(stage.config, f"{self.root}/")}
+        sync_tree(folder)
         write_json(folder / DONE, {"key": key, "seconds": round(seconds, 1), "figures": figures, **files})
 
     def _ran(
@@ -299,13 +300,14 @@ class Pipeline:
         """Run a stage's file; the figures of a step."""
         if stage.kind == "call":
             return step(file, folder)
-        resumes = stage.kind == "fit" and (folder / "checkpoints" / "last.ckpt").exists()
+        # Of a killed run, last.ckpt may be missing or lead nowhere; `last` finds the newest there is.
+        resumes = stage.kind == "fit" and any((folder / "checkpoints").glob("*.ckpt"))
         if stage.kind == "fit" and not resumes:
             # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
             (folder / "config.yaml").unlink(missing_ok=True)
             (folder / "metrics.csv").unlink(missing_ok=True)
         accept = [f"--resume.allow=[{','.join(sorted(allow))}]"] if allow else []
-        last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt"), *accept]
+        last = ["--ckpt_path", "last", *accept]
         command(stage.kind, file, last if resumes else [])
         return {}
 
@@ -380,8 +382,19 @@ def _set(config: dict[str, Any], dotted: str, value: Any, what: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; empty without the file."""
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    """What `write_json` wrote; empty without the file.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): remove it, and the part that it belongs to runs again"
+        ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

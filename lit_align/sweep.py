@@ -29,7 +29,7 @@ from lit_align import claim, display, secret
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.config_files import config_files
-from lit_align.disk import write_whole
+from lit_align.disk import sync_tree, write_whole
 from lit_align.names import check_name
 from lit_align.owned import check_output
 from lit_align.pipeline import DONE, load_yaml, read_json, set_aside, write_json
@@ -283,12 +283,13 @@ class Sweep:
             say(f"  its configuration has changed; the earlier run is kept in {set_aside(folder)}")
             begun = {}
         folder.mkdir(parents=True, exist_ok=True)
-        resumes = (folder / "checkpoints" / "last.ckpt").exists()
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        resumes = any(checkpoint.parent.glob("*.ckpt"))
         if not resumes:
             # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
             (folder / "config.yaml").unlink(missing_ok=True)
             (folder / "metrics.csv").unlink(missing_ok=True)
-        last = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")] if resumes else []
+        last = ["--ckpt_path", str(checkpoint) if checkpoint.exists() else "last"] if resumes else []
         last += [f"--resume.allow=[{','.join(sorted(allow))}]"] if resumes and allow else []
         record = {"key": point.key, "seconds": begun.get("seconds", 0.0)}
         write_json(folder / "point.json", record)
@@ -310,6 +311,7 @@ class Sweep:
             record["inputs"] = {}
             with contextlib.suppress(ValueError):  # a command that wrote no configuration names no files
                 record["inputs"] = inputs(load_yaml(folder / "config.yaml"), f"{self.out}/")
+            sync_tree(folder)
             write_json(folder / DONE, record)
         return record
 

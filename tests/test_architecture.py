@@ -22,7 +22,7 @@ BELOW = {
     "rewards": {"types", "functional", "data", "models"},
     "modules": {"types", "cache", "functional", "models", "rollout", "rewards"},
     "callbacks": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules"},
-    "evaluation": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
+    "evaluation": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules"},
     "steps": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "chat": {"models", "model_folder"},
     "doctor": {"types", "functional", "data", "models", "rollout", "rewards", "modules"},
@@ -31,7 +31,7 @@ BELOW = {
     "pipeline": {"disk", "callbacks", "rounds", "stage_files"},
     "report": {"disk"},
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
-    "sandbox": {"types", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
+    "sandbox": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
     "config_error": set(),
     "config_files": {"config_error"},
     "config_lists": set(),

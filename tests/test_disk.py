@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lit_align.disk import replacing, write_whole
+from lit_align.disk import replacing, sync_tree, write_whole
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -78,3 +79,34 @@ def test_a_link(tmp_path: Path) -> None:
             partial.symlink_to(name)
         assert os.readlink(tmp_path / "last") == name
     assert contents(tmp_path) == {"one": "1", "two": "2", "last": "2"}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, named: bool) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(
+        OSError, match=r"No space left on device: not written, and what was there before is kept: .*/a'"
+    ):
+        _full(tmp_path / "a", named)
+    assert contents(tmp_path) == {"a": "old"}
+
+
+def _full(path: Path, named: bool) -> None:
+    with replacing(path) as partial:
+        partial.write_text("ne")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(partial)] if named else []))
+
+
+def test_another_error_is_left_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="rows"), replacing(tmp_path / "a"):
+        (tmp_path / "rows").read_text()
+
+
+def test_a_folder_is_on_disk_with_all_that_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    seen: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(os.fstat(descriptor).st_ino))
+    sync_tree(tmp_path)
+    assert set(seen) == {path.stat().st_ino for path in (tmp_path, tmp_path / "deep", tmp_path / "deep" / "file")}

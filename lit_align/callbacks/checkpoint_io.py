@@ -135,7 +135,21 @@ def _others(path: Path) -> str:
     """The other checkpoints of the folder, newest first: the way out."""
     target = path.resolve()
     others = [other for other in path.parent.glob("*.ckpt") if other.is_file() and other.resolve() != target]
-    if not others:
-        return "; there is no other one beside it: without --ckpt_path a new run starts"
     others.sort(key=lambda other: other.stat().st_mtime, reverse=True)
-    return f"; go on from another one, newest first: {', '.join(map(str, others[:3]))}"
+    if not (good := [other for other in others[:5] if _whole(other)]):
+        return (
+            "; there is no other one beside it: without --ckpt_path a new run starts; in a pipeline or a sweep, remove "
+            "the checkpoint to begin its part anew"
+        )
+    return (
+        f"; go on from another one, newest first: {', '.join(map(str, good[:3]))}; in a pipeline or a sweep, remove "
+        "the damaged one, and the newest of the others is taken"
+    )
+
+
+def _whole(path: Path) -> bool:
+    """Whether a checkpoint can be read, so that it can be named as the way out."""
+    try:
+        return _broken_record(path) is None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False

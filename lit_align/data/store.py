@@ -1,7 +1,8 @@
 """Tokenised once and cached: examples in an Arrow file, memory-mapped, under a key of everything they depend on.
 
-Beside `key.arrow` lies `key.json`: what happened to the rows, and how long the Arrow file must be. A pair that is not
-whole (a crash, a full disk, an old version) is made anew.
+Beside `key.arrow` lies `key.json`: what happened to the rows, how long the Arrow file must be, and the checksums of
+both, which are compared once, when the file is opened. A pair that is not whole (a crash, a full disk, an old version),
+or not what was written, is made anew.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +20,14 @@ import pyarrow
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.cache import cache_folder, can_keep
 from lit_align.data.rows import BadField, BadRow, Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
-from lit_align.disk import replacing
+from lit_align.disk import checksum, replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
@@ -180,10 +183,14 @@ def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, ca
 
 
 def _read(path: Path, key: str) -> Store | None:
-    """What the cache holds; None unless it is whole."""
+    """What the cache holds; None unless it is whole, and what was written."""
     try:
         told = json.loads(path.with_suffix(".json").read_text())
-        if told["bytes"] != path.stat().st_size:
+        if "checksum" not in told or told["bytes"] != path.stat().st_size:
+            return None  # torn, or of an earlier version
+        written = told.pop("checksum")
+        if written != [checksum(path), _crc(told)]:
+            rank_zero_info(f"the cached rows {path} have changed on disk since they were written: they are made anew")
             return None
         tally = Tally()
         tally.update(told["tally"])
@@ -205,8 +212,13 @@ def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadR
             "languages": tally.languages,
             "bytes": items.stat().st_size,
         }
+        counts["checksum"] = [checksum(items), _crc(counts)]
         with replacing(path.with_suffix(".json"), racing=True) as told:
             told.write_text(json.dumps(counts))
+
+
+def _crc(counts: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(counts, sort_keys=True).encode()):08x}"
 
 
 def items_folder(given: str | None) -> Path | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lit_align.data.prompt import PromptDataModule
+from lit_align.disk import replacing
 from lit_align.evaluation.policies import Policy, sequence_kl
 from lit_align.rewards import Reward
 from lit_align.rollout import Sampling
@@ -61,7 +62,7 @@ class ComparePolicies:
         figures: dict[str, float] = {"prompts": float(len(prompts))}
         scores: dict[str, dict[str, Tensor]] = {}
         out.mkdir(parents=True, exist_ok=True)
-        with (out / "samples.jsonl").open("w") as file:
+        with replacing(out / "samples.jsonl") as partial, partial.open("w") as file:
             for name, folder in self.policies.items():
                 policy = Policy(folder, self.device)
                 rollout = policy.answer(prompts, rows, self.sampling, self.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -15,11 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lit_align.disk import sync, sync_tree
 from lit_align.models.adapters import adapter_file, save_adapter
 from lit_align.models.load import _quiet
 from lit_align.models.lora import has_lora
 from lit_align.models.merge import merged_model, merged_state_dict
-from lit_align.models.seal import write_seal
+from lit_align.models.seal import SEAL, write_seal
 from lit_align.models.sharding import is_sharded
 from lit_align.owned import check_replaceable, free_beside, not_exported
 
@@ -75,8 +77,12 @@ def export(
         if card is not None:
             (partial / "README.md").write_text(card)
         write_seal(partial, told)
-    except (OSError, SafetensorError) as error:
+        _like_others(partial)
+        sync_tree(partial)  # a name must not outlive, in a power cut, what it names
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
         number = getattr(error, "errno", None) or errno.EIO
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise OSError(number, f"{reason}: the model was not exported", str(folder)) from error
@@ -103,8 +109,18 @@ def _replace(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(old)
     partial.rename(folder)
+    with contextlib.suppress(OSError):  # not every file system can
+        sync(folder.parent)
     if not kept:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _like_others(folder: Path) -> None:
+    """Give all files the permissions of any new file: safetensors writes its own for the owner alone."""
+    mode = (folder / SEAL).stat().st_mode & 0o777
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def _mend_generation_config(

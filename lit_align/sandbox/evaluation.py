@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from lit_align.data.chat import ChatEncoder
+from lit_align.disk import write_whole
 from lit_align.evaluation.policies import Policy, sequence_kl
 from lit_align.functional.kl import best_of_n_kl
 from lit_align.functional.packing import pack
@@ -98,7 +99,7 @@ class Evaluate:
                 f"{name}/{measure}": value for measure, value in self._against_gold(world, reward, encoder).items()
             }
         out.mkdir(parents=True, exist_ok=True)
-        (out / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+        write_whole(out / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in answers))
         return figures
 
     def _against_gold(self, world: World, reward: ModelReward, encoder: ChatEncoder) -> Figures:

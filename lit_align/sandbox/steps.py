@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections import Counter
 from pathlib import Path
 
+from lit_align.disk import replacing
 from lit_align.models.scratch import word_tokenizer, write_seed_model
 from lit_align.sandbox.annotators import Annotators
 from lit_align.sandbox.sources import prompt_from
@@ -72,8 +74,9 @@ class Annotate:
         world, rng = World(self.seed), random.Random(f"annotators {self.seed}")
         out.mkdir(parents=True, exist_ok=True)
         counts: Counter[str] = Counter()
-        with (out / "train.jsonl").open("w") as train, (out / "held_out.jsonl").open("w") as held_out:
-            files = {"train": train, "held_out": held_out}
+        with contextlib.ExitStack() as stack:
+            partial = {name: stack.enter_context(replacing(out / f"{name}.jsonl")) for name in ("train", "held_out")}
+            files = {name: stack.enter_context(path.open("w")) for name, path in partial.items()}
             for line in self.completions.read_text().splitlines():
                 row = json.loads(line)
                 ranks = self.annotators.rank(world, prompt_from(row), row["completions"], row["finished"], rng)

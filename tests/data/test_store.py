@@ -272,3 +272,24 @@ def test_a_source_of_which_nothing_is_left(tmp_path: Path, write) -> None:
     for _ in range(2):
         stored = build(source, Encode(), "", "skip", tmp_path / "cache")
         assert (len(stored), stored.groups(), stored.tally["skipped"]) == (0, [], 1)
+
+
+# Kills: a length for a checksum; the file of counts left out.
+@pytest.mark.parametrize("which", [".arrow", ".json"])
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.9])
+def test_a_flipped_bit_is_found_and_the_rows_are_made_anew(
+    source: Source, tmp_path: Path, which: str, where: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    build(source, Encode(), "", "error", cache)
+    (path,) = cache.glob(f"*{which}")
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * where)] ^= 0x01
+    path.write_bytes(bytes(content))
+    encode = Encode()
+    with caplog.at_level("INFO"):
+        stored = build(source, encode, "", "error", cache)
+    assert encode.rows == 5
+    assert kept(stored) == expected()
+    if which == ".arrow":
+        assert f"the cached rows {path} have changed on disk since they were written: they are made anew" in caplog.text

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,3 +176,44 @@ def test_export_replaces_an_earlier_one_whole(tmp_path: Path) -> None:
     export(model, None, out)
     assert not (out / "stale").exists()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+# Kills: files that only their owner may read; a name given before the content is on disk.
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_an_export_is_on_disk_and_has_the_permissions_of_any_file(
+    tmp_path: Path, mask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_causal_lm(Network(tiny_folder(tmp_path / "start")))
+    synced: set[str] = set()
+    fsync, rename = os.fsync, Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        if target.name == "out":
+            assert synced >= {str(file) for file in path.iterdir()} | {str(path)}
+        return rename(path, target)
+
+    def noted(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    before = os.umask(mask)
+    try:
+        out = export(model, None, tmp_path / "out", card="---\ntags:\n- lit_align\n---\n")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {0o666 & ~mask}
+    assert str(tmp_path) in synced
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_causal_lm(Network(tiny_folder(tmp_path / "start")))
+
+    def interrupted(*call: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["lit_align.models.export"], "write_seal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(model, None, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
