@@ -86,6 +86,16 @@ def merged_model(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
     return plain
 
 
+def parted(model: nn.Module) -> list[str]:
+    """Weights that share their values with another one, and that adapters of their own make another weight."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not is_adapter_weight(name):
+            names.setdefault(id(parameter), []).append(plain_name(name))
+    shared = {name for same in names.values() if len(same) > 1 for name in same}
+    return sorted(shared & {_adapted_weight(name, layer) for name, layer in model.named_modules() if _adapts(layer)})
+
+
 def _adapts(layer: nn.Module) -> bool:
     """Whether a layer holds an adapter of the model itself, and not only those of other roles."""
     return isinstance(layer, LoraLayer) and ADAPTER in layer.scaling

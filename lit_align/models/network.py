@@ -66,6 +66,7 @@ class Lora:
             why = " (it changes the model below the adapters, so that the reference would be another model)"
             reason = why if self.init.split("_")[0] in ("pissa", "olora", "corda", "loftq", "eva", "lora") else ""
             raise ValueError(f"lora.init must be one of {', '.join(INITS)}, got {self.init!r}{reason}")
+        self.adapter = None if self.adapter is None else find_model(os.fspath(self.adapter))
         both = sorted({*self.modules_to_save} & {*self.targets})
         if both:
             raise ValueError(
@@ -130,6 +131,7 @@ class Network:
         self.name = find_model(os.fspath(self.name))
         if self.weights == "random" and self.lora is not None and self.lora.export == "adapter":
             raise ValueError("lora.export: an adapter is nothing without the random weights that it was trained on")
+        self.adapter = None if self.adapter is None else find_model(os.fspath(self.adapter))
         below = self.adapter or (self.name if is_adapter(self.name) else None)
         if below and self.lora is not None and (self.lora.export == "adapter" or self.lora.adapter):
             what = "lora.export: adapter" if self.lora.export == "adapter" else "lora.adapter"

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_align.models.language import LanguageModel
-from lit_align.models.merge import merged_state_dict
+from lit_align.models.merge import merged_state_dict, parted
 from lit_align.rollout.engine import Sampling
 from lit_align.types import Completion
 
@@ -101,6 +101,7 @@ class VLLMEngine:
 
     def _start(self, policy: LanguageModel) -> Any:
         check_place(policy.hf.device)
+        check_weights(policy)
         # Before vLLM is imported: in a process of its own it could not see the policy's tensors.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm import LLM
@@ -124,6 +125,24 @@ def check_place(device: torch.device) -> None:
         raise ValueError(
             f"VLLMEngine samples on the first GPU, and the policy is on {device}: set trainer.accelerator to gpu and "
             "trainer.devices to 1, and choose the GPU by CUDA_VISIBLE_DEVICES"
+        )
+
+
+def check_weights(policy: LanguageModel) -> None:
+    """Refuse weights that a vLLM of the policy's folder has no place for.
+
+    Raises:
+        ValueError: adapters of tied embeddings, which vLLM keeps tied, or rows for new tokens.
+    """
+    if names := parted(policy.hf):
+        raise ValueError(
+            f"VLLMEngine keeps {names[0]} tied to another weight, and lora.targets gives it an adapter of its own: take "
+            "the name out, or write it in lora.modules_to_save, or sample with lit_align.rollout.TransformersEngine"
+        )
+    if hasattr(policy.hf, "grown"):
+        raise ValueError(
+            "VLLMEngine has no rows for network.new_tokens: run SFT with them first, and start from its folder, or "
+            "sample with lit_align.rollout.TransformersEngine"
         )
 
 

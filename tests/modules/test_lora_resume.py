@@ -13,6 +13,7 @@ from support.runs import write_rows
 from support.tiny import tiny_folder
 
 from lit_align import DPOModule, InstructionDataModule, Lora, Network, PreferenceDataModule, SFTModule, Source
+from lit_align.models import export
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True, "init": "gaussian"},
@@ -54,3 +55,22 @@ def test_a_resumed_run_is_the_run(option: str, tied: bool, dpo: bool, tmp_path: 
     expected, got, before = whole.state_dict(), resumed.state_dict(), half.state_dict()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert any(not torch.equal(got[name], before[name]) for name in expected)
+
+
+# Kills: a resumed run that starts from the adapter again, or whose reference is the model before it.
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_run_that_starts_from_an_adapter_is_resumed(folded: bool, tmp_path: Path) -> None:
+    write_rows(tmp_path)
+    folder = tiny_folder(tmp_path / "model")
+    first, _ = run(tmp_path, Network(folder, lora=Lora(r=2)), 3)
+    adapter = str(export(first.policy.hf, None, tmp_path / "run" / "model", adapter=True).parent)
+    network = (
+        Network(folder, adapter=adapter, lora=Lora(r=2)) if folded else Network(folder, lora=Lora(adapter=adapter))
+    )
+    whole, trainer = run(tmp_path, network, 4, dpo=True)
+    _, trainer = run(tmp_path, network, 2, dpo=True)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(tmp_path, network, 4, tmp_path / "half.ckpt", dpo=True)
+    expected, got = whole.state_dict(), resumed.state_dict()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert (whole.reference is None) is folded

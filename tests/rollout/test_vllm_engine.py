@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from lit_align.models import LanguageModel, Lora, Network, load_causal_lm
 from lit_align.rollout import Sampling, VLLMEngine, vllm_engine
+from lit_align.rollout.vllm_engine import check_weights
 from lit_align.types import Completion
 
 PROMPTS = [torch.tensor([1, 40, 41]), torch.tensor([1, 50])]
@@ -138,6 +140,23 @@ def test_adapters_are_merged(engine: VLLMEngine, tmp_path: Path) -> None:
     assert set(engine._llm.weights) == set(plain)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.allclose(engine._llm.weights[name], plain[name].float())
+
+
+# Kills: a vLLM that samples with one of two weights that adapters have parted.
+def test_weights_without_a_place_in_vllm_are_refused(tmp_path: Path) -> None:
+    for lora, tied, parts in (
+        (Lora(r=2, targets=["lm_head"]), True, True),
+        (Lora(r=2, targets=["embed_tokens"]), True, True),
+        (Lora(r=2, targets=["embed_tokens", "lm_head"]), False, False),
+        (Lora(r=2, modules_to_save=["lm_head"]), True, False),
+        (Lora(r=2), True, False),
+    ):
+        model = policy(tmp_path, lora, tie_word_embeddings=tied)
+        with pytest.raises(ValueError, match="tied to another weight, and lora.targets") if parts else nullcontext():
+            check_weights(model)
+    grown = LanguageModel(load_causal_lm(Network(tiny_folder(tmp_path / "grown"), new_tokens=["<|im_start|>"])))
+    with pytest.raises(ValueError, match=r"no rows for network.new_tokens: run SFT with them first"):
+        check_weights(grown)
 
 
 def test_other_places_are_refused() -> None:
