@@ -136,7 +136,7 @@ def check_weights(policy: LanguageModel) -> None:
     """
     if names := parted(policy.hf):
         raise ValueError(
-            f"VLLMEngine keeps {names[0]} tied to another weight, and lora.targets gives it an adapter of its own: take "
+            f"VLLMEngine keeps {names[0]} tied to another weight, and lora.targets gives it its own adapter: take "
             "the name out, or write it in lora.modules_to_save, or sample with lit_align.rollout.TransformersEngine"
         )
     if hasattr(policy.hf, "grown"):

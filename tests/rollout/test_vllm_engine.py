@@ -152,7 +152,7 @@ def test_weights_without_a_place_in_vllm_are_refused(tmp_path: Path) -> None:
         (Lora(r=2), True, False),
     ):
         model = policy(tmp_path, lora, tie_word_embeddings=tied)
-        with pytest.raises(ValueError, match="tied to another weight, and lora.targets") if parts else nullcontext():
+        with pytest.raises(ValueError, match=r"tied to another weight, and lora.targets") if parts else nullcontext():
             check_weights(model)
     grown = LanguageModel(load_causal_lm(Network(tiny_folder(tmp_path / "grown"), new_tokens=["<|im_start|>"])))
     with pytest.raises(ValueError, match=r"no rows for network.new_tokens: run SFT with them first"):
