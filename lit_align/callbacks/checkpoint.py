@@ -264,6 +264,13 @@ class RunCheckpoint(ModelCheckpoint):
         """Lightning's, and the checkpoint to remove should the run be killed before it does."""
         return {**super().state_dict(), "before": self._before}
 
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Lightning's; never what is no checkpoint of this folder: a checkpoint file says which others to remove."""
+        place = Path(previous)
+        inside = str(previous).startswith(f"{self.dirpath}/") and ".." not in place.parts
+        own = inside and place.suffix == self.FILE_EXTENSION
+        return own and super()._should_remove_checkpoint(trainer, previous, current)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there, in the folder where the run lies now."""
         state_dict = _moved(state_dict, self.dirpath)

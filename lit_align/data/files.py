@@ -21,6 +21,8 @@ from typing import IO, Any
 import fsspec
 
 from lit_align.data.rows import BadFile, BadRow, Row
+from lit_align.data.unpacked import LONGEST_ROW, bounded, check_parquet
+from lit_align.data.unpacked import lines as bounded_lines
 from lit_align.secret import REDACTED, WAY_OUT, redact_text
 
 # What unpacking and decoding raise when a file is damaged; most of it is no OSError.
@@ -87,7 +89,7 @@ def read_rows(name: str, handle: Any, header: list[str] | None = None) -> Iterat
     if kind not in _READERS:
         raise ValueError(f"{name!r} is none of {', '.join(_READERS)} (.gz, .bz2 and .xz included)")
     with _opened(name, handle) as raw:
-        yield from _READERS[kind](name, raw, header)
+        yield from _READERS[kind](name, raw if kind == "parquet" else bounded(name, handle, raw), header)
 
 
 @contextlib.contextmanager
@@ -132,7 +134,7 @@ def _is_object(line: str) -> bool:
 
 def _read_jsonl(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
     with _text(raw) as lines:
-        yield from _json_lines(name, lines)
+        yield from _json_lines(name, bounded_lines(name, lines))
 
 
 def _json_lines(name: str, lines: Iterable[str]) -> Iterator[tuple[int, Row | BadRow]]:
@@ -154,7 +156,7 @@ def _checked(name: str, number: int, row: object) -> Row | BadRow:
 def _read_csv(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
     with _text(raw) as lines:
         # strict: a quote that is never closed is an error, and does not swallow the rest of the file.
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(bounded_lines(name, lines), strict=True)
         columns = header if header is not None else next(reader, [])
         if len(set(columns)) < len(columns):
             raise BadFile(name, "row 1", f"a column name comes twice in {', '.join(map(repr, columns))}")
@@ -179,7 +181,9 @@ def _read_parquet(name: str, raw: IO[bytes], header: list[str] | None) -> Iterat
 
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(raw).iter_batches(batch_size=1024):
+        file = pyarrow.parquet.ParquetFile(raw)
+        check_parquet(name, file.metadata)
+        for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
@@ -190,9 +194,12 @@ def _read_parquet(name: str, raw: IO[bytes], header: list[str] | None) -> Iterat
 def _read_text(name: str, raw: IO[bytes], header: list[str] | None) -> Iterator[tuple[int, Row | BadRow]]:
     """Plain text: a row for each block between blank lines, numbered by its first line."""
     block: list[str] = []
-    number = 0
+    number = size = 0
     with _text(raw) as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(bounded_lines(name, lines), start=1):
+            size = size + len(line) if block else len(line)
+            if size > LONGEST_ROW:
+                raise BadFile(name, f"line {number}", f"ends a block of more than {LONGEST_ROW:,} characters")
             if line.strip():
                 block.append(line)
             elif block:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
+import socket
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -19,8 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.source import expand
+from lit_align.display import printable
 from lit_align.rewards.base import Reward, checked, named
-from lit_align.rewards.patience import TryAgain, patiently
+from lit_align.rewards.patience import TryAgain, patiently, within
 from lit_align.secret import redact_text, redacted
 from lit_align.types import Rollout
 
@@ -39,7 +41,7 @@ class EndpointReward(Reward):
         columns: what else to send of the prompts' rows, as in `[reference]`.
         batch_size: completions in a request.
         workers: requests under way at once.
-        timeout: seconds that an attempt may take.
+        timeout: seconds that an attempt may take, from connecting to the last byte.
         retries: further attempts after a time-out, a broken connection, or a status of 408, 429 or 5xx.
         pause: seconds before the first of them, doubled each time; a Retry-After of the server's counts instead.
         headers: sent with each request. Environment variables are filled in, and `{Authorization: "Bearer ${TOKEN}"}`
@@ -125,7 +127,7 @@ class EndpointReward(Reward):
             raise ValueError(f"{self.title} refuses the request with {problem}; {prompts}") from problem
         try:
             scores = json.loads(answer)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.title} answered {answer[:80]!r}, which is no JSON; {prompts}") from error
         if isinstance(scores, dict):
             if "scores" not in scores:
@@ -154,41 +156,108 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Nowhere: the status becomes an error."""
 
 
-_OPENER = urllib.request.build_opener(_NoRedirect)
+# Scores are short: what is longer is no answer, or one that never ends.
+LARGEST_ANSWER = 16 << 20
 
 
 def post(request: urllib.request.Request, timeout: float) -> bytes:
     """One attempt: the body of the answer.
 
+    Args:
+        request: what to send.
+        timeout: seconds for all of it, whatever the server sends meanwhile: connecting, headers and body.
+
     Raises:
         TryAgain: no answer in time, a broken connection, or a status of 408, 429 or 5xx.
-        Refused: another status.
+        Refused: another status, or an answer of more than `LARGEST_ANSWER` bytes.
     """
-    deadline = time.monotonic() + timeout
+    sockets = _Sockets()
     try:
-        with _OPENER.open(request, timeout=timeout) as response:
-            body = b""
-            # The socket's own limit is on each of its silences: a server that drips would never meet it.
+        # A socket's own limit is on each of its silences: a server that drips would never meet it.
+        return within(timeout, lambda: _attempt(request, timeout, sockets))
+    except TimeoutError as error:
+        raise TryAgain(f"no answer within {timeout:g} s") from error
+    finally:
+        sockets.close()
+
+
+class _Sockets:
+    """The connections of one attempt, so that what still reads from them can be ended."""
+
+    def __init__(self) -> None:
+        self._open: list[socket.socket] = []
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def add(self, made: socket.socket) -> None:
+        """Keep one; once they are closed, it is closed too."""
+        with self._lock:
+            self._open.append(made)
+        if self._closed:
+            self.close()
+
+    def close(self) -> None:
+        """Wake the thread that waits for the server: its read ends."""
+        with self._lock:
+            self._closed = True
+            for made in self._open:
+                with contextlib.suppress(OSError):
+                    made.shutdown(socket.SHUT_RDWR)
+            self._open.clear()
+
+    def opener(self) -> urllib.request.OpenerDirector:
+        """An opener whose connections are kept here."""
+        add = self.add
+
+        class Plain(http.client.HTTPConnection):
+            def connect(self) -> None:
+                super().connect()
+                add(self.sock)
+
+        class Secure(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                add(self.sock)
+
+        class HTTP(urllib.request.HTTPHandler):
+            def http_open(self, request: urllib.request.Request) -> Any:
+                return self.do_open(Plain, request)
+
+        class HTTPS(urllib.request.HTTPSHandler):
+            def https_open(self, request: urllib.request.Request) -> Any:
+                return self.do_open(Secure, request)
+
+        return urllib.request.build_opener(_NoRedirect, HTTP, HTTPS)
+
+
+def _attempt(request: urllib.request.Request, timeout: float, sockets: _Sockets) -> bytes:
+    """See `post`; the time is for each silence of the server."""
+    try:
+        with sockets.opener().open(request, timeout=timeout) as response:
+            pieces, size = [], 0
             while piece := response.read1(1 << 16):
-                body += piece
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the answer is not at its end")
-            return body
+                pieces.append(piece)
+                size += len(piece)
+                if size > LARGEST_ANSWER:
+                    raise Refused(f"an answer of more than {LARGEST_ANSWER:,} bytes")
+            return b"".join(pieces)
     except urllib.error.HTTPError as error:
         with error:
-            said = f"status {error.code} ({error.reason})"
+            said = printable(f"status {error.code} ({error.reason})")
             if moved := error.headers.get("Location"):
-                raise Refused(f"{said}, which moves it to {moved.split('?')[0]}: give that as url") from error
+                place = redact_text(printable(moved.split("?")[0]))
+                raise Refused(f"{said}, which moves it to {place}: give that as url") from error
             if error.code not in (408, 429) and error.code < 500:
                 raise Refused(f"{said}: {_beginning(error)!r}") from error
             raise TryAgain(said, _seconds(error.headers.get("Retry-After"))) from error
-    except TimeoutError as error:
-        raise TryAgain(f"no answer within {timeout:g} s") from error
     except urllib.error.URLError as error:
-        late = isinstance(error.reason, TimeoutError)
-        raise TryAgain(f"no answer within {timeout:g} s" if late else str(error.reason)) from error
+        if isinstance(error.reason, TimeoutError):
+            raise error.reason from error
+        raise TryAgain(printable(error.reason)) from error
+    except TimeoutError:
+        raise
     except (OSError, http.client.HTTPException) as error:
-        raise TryAgain(f"{type(error).__name__}: {error}") from error
+        raise TryAgain(printable(f"{type(error).__name__}: {error}")) from error
 
 
 def _beginning(error: urllib.error.HTTPError) -> str:
