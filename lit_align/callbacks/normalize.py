@@ -47,7 +47,7 @@ class NormalizeReward(Callback):
         same = ["max_length", "truncate", "chat_template", "template", "on_bad_row"]
         same += ["row_tokens", "share_prefix", "packing"]
         self.answers = AnswerDataModule(
-            data.tokenizer_name,
+            data.given_tokenizer,
             train=[],
             val=self.sources,
             batch_size=self.batch_size,

@@ -8,7 +8,7 @@ from lit_align.data.instruction import group_of
 from lit_align.data.messages import answer_in
 from lit_align.data.preference import PreferenceDataModule
 from lit_align.data.rows import BadField, Row, Tally
-from lit_align.data.store import Item
+from lit_align.data.store import Item, Store
 from lit_align.types import PackedBatch
 
 
@@ -32,6 +32,9 @@ class AnswerDataModule(PreferenceDataModule):
         answers = row["completions"]
         example = self._tokens(row, answers, row.get("finished") or [True] * len(answers), tally)
         return [Item(example, [], [], group_of(row["prompt"]), {})]
+
+    def usable(self, store: Store, name: str) -> None:
+        """All items: nothing is compared."""
 
     def collate(self, items: Sequence[Item]) -> PackedBatch:  # type: ignore[override]
         """Packed rows."""

@@ -33,7 +33,7 @@ class TextDataModule(LightningDataModule):
     """Base of the data modules: a subclass says what a row becomes (`encode`) and what a batch is (`collate`).
 
     Args:
-        tokenizer: hub name or folder of the model whose tokenizer to use.
+        tokenizer: hub name or folder of the model whose tokenizer to use; from Python also a tokenizer.
         train: sources to train on, mixed by their weights.
         val: sources to validate on; null to hold out `val_fraction` of the training prompts.
         test: sources of `lit-align test`; null for those of validation.
@@ -96,7 +96,10 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f"micro_batch_tokens must be at least 2, or null, got {micro_batch_tokens}")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {val_fraction}")
-        self.tokenizer_name, self.trust_remote_code, self.revision = str(tokenizer), trust_remote_code, revision
+        # An object, from Python, stays as it is: the encoder sets the template of a copy.
+        self.given_tokenizer: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else str(tokenizer)
+        self.tokenizer_name = str(getattr(tokenizer, "name_or_path", tokenizer))
+        self.trust_remote_code, self.revision = trust_remote_code, revision
         sources = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources = {part: as_sources(given) for part, given in sources.items()}
         self.val_fraction = val_fraction
@@ -302,7 +305,9 @@ class TextDataModule(LightningDataModule):
         self.new_tokens = getattr(getattr(module, "network", None), "new_tokens", None) or self.new_tokens
         if self.encoder is None or not {*self.new_tokens} <= self.encoder.tokenizer.get_vocab().keys():
             options = self.chat_template, self.turns, self.template, self.trust_remote_code, self.revision
-            self.encoder = load_encoder(expand(self.tokenizer_name), *options, self.new_tokens)
+            given = self.given_tokenizer
+            name = expand(given) if isinstance(given, str) else given
+            self.encoder = load_encoder(name, *options, self.new_tokens)
         return self.encoder
 
     def _build(self, source: Source) -> Store:

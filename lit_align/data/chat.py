@@ -10,6 +10,7 @@ tokenizer's end of sequence is added to every answer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -299,7 +300,7 @@ class ChatEncoder:
 
 
 def load_encoder(
-    name: str,
+    name: str | PreTrainedTokenizerBase,
     chat_template: str | None,
     turns: Turns,
     template: Template,
@@ -316,14 +317,10 @@ def load_encoder(
     Raises:
         ValueError: no such tokenizer, or one that `ChatEncoder` refuses.
     """
-    name = find_model(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
-            f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
-        ) from error
+    if isinstance(name, str):
+        tokenizer = _load_tokenizer(name, trust_remote_code, revision)
+    else:
+        tokenizer = copy.deepcopy(name)
     if lacking := [token for token in dict.fromkeys(new_tokens) if token not in tokenizer.get_vocab()]:
         tokenizer.add_tokens(lacking, special_tokens=True)
     given = None if chat_template is None else read_template(chat_template)
@@ -334,6 +331,17 @@ def load_encoder(
             f"answers end with {tokenizer.convert_ids_to_tokens(encoder.stop_ids[0])}; zephyr needs none of them"
         )
     return encoder
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool, revision: str | None) -> PreTrainedTokenizerBase:
+    name = find_model(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
+            f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 
 from lit_align.data.files import expand, open_files, read_bytes, read_rows
 from lit_align.data.formats import FORMATS, PREFERENCES, among_preferences, recognise
+from lit_align.data.given import GivenRows, given_rows
 from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally, missing
+from lit_align.data.saved import files_of, is_saved, load_hub, load_saved
 from lit_align.display import printable
 from lit_align.secret import redact_text
 
@@ -26,14 +28,19 @@ class Source:
 
     Attributes:
         path: file, glob, or archive member (`zip://*.csv::file.zip`); json, jsonl, csv, parquet or txt, compressed or
-            not. Environment variables are filled in.
+            not; or a folder of such files, or one that `save_to_disk` of `datasets` has left. Environment variables are
+            filled in.
         hub: name of a data set on the Hugging Face hub.
-        rows: an object that yields rows, by class_path.
+        rows: an object that yields rows, by class_path. From Python also a data set of `datasets`, a list of
+            dictionaries, a table of pandas or pyarrow, or a function that yields rows.
         format: name of a reader of `data/formats.py`, or auto to tell it from the columns.
         columns: the reader's name of a column: the file's name of it.
         header: column names of a csv file without a header line.
-        split: of a hub data set.
+        split: of a hub data set or of a folder that has several, also in part: `train[:10%]`.
         subset: of a hub data set.
+        revision: of a hub data set: a branch, a tag or a commit.
+        streaming: read a hub data set row by row, without a copy of the whole on disk. What is tokenised lies on disk
+            in any case, memory-mapped.
         limit: read only so many rows, the first.
         weight: share of the epoch that this source provides, relative to the other weights; null for every row once.
             One that changes in training is a list of pairs (begin, weight), 0 before the first: a begin below 1 is a
@@ -52,10 +59,20 @@ class Source:
     limit: int | None = None
     weight: float | list[tuple[float, float]] | None = None
     label: str | None = None
+    revision: str | None = None
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.path, os.PathLike):  # from Python
             self.path = os.fspath(self.path)
+        if self.path is not None and not isinstance(self.path, str) and self.rows is None:
+            self.path, self.rows = None, self.path  # an object in the first place
+        if self.rows is not None:
+            self.rows = given_rows(self.rows, self.split)
+        if self.hub is not None and is_saved(self.hub):
+            self.hub, self.path = None, self.hub  # a folder here, that `load_dataset` does not read
+        if (self.streaming or self.revision) and self.hub is None:
+            raise ValueError("revision and streaming are of data sets of the hub; files are read row by row anyway")
         if sum(given is not None for given in (self.path, self.hub, self.rows)) != 1:
             raise ValueError("a source needs exactly one of path (a file), hub (a data set's name) and rows (a class)")
         if self.format != "auto" and self.format not in FORMATS:
@@ -70,7 +87,8 @@ class Source:
     @property
     def name(self) -> str:
         """How messages call it."""
-        return redact_text(self.path) if self.path else self.hub or type(self.rows).__name__
+        given = self.rows.name if isinstance(self.rows, GivenRows) else type(self.rows).__name__
+        return redact_text(self.path) if self.path else self.hub or given
 
     @property
     def short_name(self) -> str:
@@ -136,12 +154,16 @@ class Source:
             yield origin, number, row
 
     def _everything(self) -> Iterator[tuple[str, int, Row | BadRow]]:
-        if self.path is not None:
-            for name, handle in open_files(self.path):
-                for number, row in read_rows(name, handle, self.header):
-                    yield name, number, row
+        if self.path is not None and (folder := self._folder) is not None and is_saved(folder):
+            for number, row in enumerate(load_saved(folder, self.split), start=1):
+                yield self.name, number, row
+        elif self.path is not None:
+            for path in self._paths():
+                for name, handle in open_files(path):
+                    for number, row in read_rows(name, handle, self.header):
+                        yield name, number, row
         elif self.hub is not None:
-            for number, row in enumerate(_hub_rows(self.hub, self.subset, self.split), start=1):
+            for number, row in enumerate(self._load_hub(), start=1):
                 yield self.hub, number, row
         else:
             assert self.rows is not None
@@ -150,8 +172,24 @@ class Source:
                 yield self.name, number, row if fits else BadRow(self.name, number, f"is {row!r:.40}, expected a dict")
 
     @property
+    def _folder(self) -> str | None:
+        """The folder that the path is, if it is one."""
+        folder = expand(self.path or "")
+        return folder if os.path.isdir(folder) else None
+
+    def _paths(self) -> list[str]:
+        """The path, or those of a folder's files."""
+        assert self.path is not None
+        return [self.path] if self._folder is None else files_of(self._folder, self.split)
+
+    def _load_hub(self) -> Any:
+        return load_hub(str(self.hub), self.subset, self.split, self.revision, self.streaming)
+
+    @property
     def cacheable(self) -> bool:
-        """Whether a fingerprint can be had."""
+        """Whether a fingerprint can be had. Of a stream only a pinned revision tells what it is."""
+        if self.hub is not None and self.streaming:
+            return self.revision is not None
         return self.rows is None or self.rows.fingerprint is not None
 
     def fingerprint(self) -> str | None:
@@ -160,14 +198,16 @@ class Source:
             return None
         options = {k: v for k, v in vars(replace(self, weight=None)).items() if k not in ("rows", "label")}
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
-        if self.path is not None:
-            for block in read_bytes(self.path):
+        if self.path is not None and (folder := self._folder) is not None and is_saved(folder):
+            digest.update(str(load_saved(folder, self.split)._fingerprint).encode())
+        elif self.path is not None:
+            for block in itertools.chain.from_iterable(map(read_bytes, self._paths())):
                 digest.update(block)
         elif self.rows is not None:
             kind = type(self.rows)
             digest.update(f"{kind.__module__}.{kind.__qualname__} {self.rows.fingerprint}".encode())
-        else:
-            digest.update(_hub_fingerprint(self.hub, self.subset, self.split).encode())
+        elif not self.streaming:
+            digest.update(str(self._load_hub()._fingerprint).encode())
         return digest.hexdigest()
 
 
@@ -202,7 +242,7 @@ def keys_of(text: str) -> dict[str, str]:
 
 
 def as_source(given: Source | str | os.PathLike[str]) -> Source:
-    """A source from its options, or from a file's or data set's name alone.
+    """A source from its options, from a file's or data set's name alone, or from an object that holds rows.
 
     Raises:
         TypeError: neither of them.
@@ -212,9 +252,12 @@ def as_source(given: Source | str | os.PathLike[str]) -> Source:
         return given
     if isinstance(given, str):
         return Source(**keys_of(given))  # type: ignore[arg-type]
-    if not isinstance(given, os.PathLike):
-        raise TypeError(f"expected a Source, or the name of a file or data set, got {given!r:.80}")
-    return Source(os.fspath(given))
+    if type(given) is dict:
+        raise TypeError(f"expected a Source, got a dictionary ({given!r:.60}): rows are given as Source(rows=[...])")
+    try:
+        return Source(given)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"expected a Source, or the name of a file or data set, got {given!r:.80}: {error}") from error
 
 
 def as_sources(given: Any) -> list[Source] | None:
@@ -233,24 +276,6 @@ def labels(sources: Sequence[Source]) -> list[str]:
             name, number = f"{source.short_name}-{number}", number + 1
         names.append(name)
     return names
-
-
-def _load_hub(name: str | None, subset: str | None, split: str):  # type: ignore[no-untyped-def]
-    import datasets  # slow to import, and needed for the hub and the cache alone
-
-    try:
-        return datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot load data set {name!r} (split {split!r}) from the hub: {reason}") from error
-
-
-def _hub_rows(name: str | None, subset: str | None, split: str) -> Iterator[Row]:
-    yield from _load_hub(name, subset, split)
-
-
-def _hub_fingerprint(name: str | None, subset: str | None, split: str) -> str:
-    return str(_load_hub(name, subset, split)._fingerprint)
 
 
 __all__ = ["OnBadRow", "Source", "as_source", "as_sources", "expand", "keys_of", "labels"]

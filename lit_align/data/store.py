@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -172,14 +174,20 @@ def build(source: Source, encode: Encode, options: str, on_bad_row: OnBadRow, ca
         if stored is not None:
             stored.origin = origin
             return stored
-    with tempfile.TemporaryDirectory(prefix="lit_align-") as temporary:
-        path = Path(temporary) / "items.arrow"
-        tally = _write(path, source, encode, on_bad_row)
+    # Memory-mapped, so that rows do not fill the memory; the folder goes with the store, or with the process.
+    folder = Path(tempfile.mkdtemp(prefix="lit_align-"))
+    try:
+        tally = _write(folder / "items.arrow", source, encode, on_bad_row)
         if origin is None:  # of such rows nothing is known but what came out
-            key = hashlib.sha256(path.read_bytes()).hexdigest()[:32]
-        store = Store(Dataset.from_file(str(path), in_memory=True), tally, key)
-        store.origin = origin
-        return store
+            with (folder / "items.arrow").open("rb") as written:
+                key = hashlib.file_digest(written, "sha256").hexdigest()[:32]
+        store = Store(Dataset.from_file(str(folder / "items.arrow")), tally, key)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(store, shutil.rmtree, folder, ignore_errors=True)
+    store.origin = origin
+    return store
 
 
 def _read(path: Path, key: str) -> Store | None:

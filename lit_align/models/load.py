@@ -21,6 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lit_align.model_folder import adapter_base, find_model, is_adapter
+from lit_align.models.held import copied, held_model, set_dropout
 from lit_align.models.intact import check_files, check_fit, check_values, read_json
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
@@ -176,8 +177,16 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
 
 
 def _as_saved(network: Network, name: str, auto_class: Any, **config_options: Any) -> tuple[PreTrainedModel, list[str]]:
-    """The model of a folder or of the hub, and the weights that it lacks."""
+    """The model of a folder or of the hub, or a copy of the one that is given; and the weights that it lacks."""
     dtype = getattr(torch, network.dtype)
+    if (given := held_model(name)) is not None:
+        model, missing = copied(given, auto_class, dtype, config_options)
+        if network.dropout is not None:
+            _set_dropout(model.config, network.dropout)
+            set_dropout(model, network.dropout)
+        if network.attention is not None:
+            model.set_attn_implementation(network.attention)
+        return model, missing
     remote = {"trust_remote_code": network.trust_remote_code}
     check_files(Path(name), weights=network.weights == "pretrained")
     with _explained(name), _quiet():

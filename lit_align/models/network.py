@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from lit_align.model_folder import find_model, is_adapter
 
@@ -74,6 +74,25 @@ class Lora:
             )
 
 
+class ModelName(str):
+    """The name of a model that was given as an object, and the object: `model`."""
+
+    model: Any
+
+    def __new__(cls, model: Any) -> ModelName:
+        """Name a model.
+
+        Raises:
+            TypeError: it is none.
+        """
+        if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
+            expected = "expected a Network, or the name or folder of a model"
+            raise TypeError(f"{expected}, got {model!r:.80}: it is no model of transformers")
+        name = super().__new__(cls, getattr(model, "name_or_path", "") or type(model).__name__)
+        name.model = model
+        return name
+
+
 @dataclass
 class Network:
     """A model from the hub, from a folder, or with random weights from a configuration.
@@ -127,8 +146,13 @@ class Network:
     def __post_init__(self) -> None:
         if self.router_loss is not None and not (0 <= self.router_loss < float("inf")):
             raise ValueError(f"network.router_loss must be 0 or more, got {self.router_loss}")
-        # A Path, from Python; the folder of a run stands for the model in it.
-        self.name = find_model(os.fspath(self.name))
+        # From Python, a model or a Path; the folder of a run stands for the model in it.
+        if not isinstance(self.name, (str, os.PathLike)):
+            self.name = ModelName(self.name)
+        if not isinstance(self.name, ModelName):
+            self.name = find_model(os.fspath(self.name))
+        elif self.weights == "random":
+            raise ValueError('network.weights: "random" takes a name: a model that is given has its weights')
         if self.weights == "random" and self.lora is not None and self.lora.export == "adapter":
             raise ValueError("lora.export: an adapter is nothing without the random weights that it was trained on")
         self.adapter = None if self.adapter is None else find_model(os.fspath(self.adapter))
@@ -151,6 +175,4 @@ def as_network(given: Network | str | os.PathLike[str]) -> Network:
     """
     if isinstance(given, Network):
         return given
-    if not isinstance(given, (str, os.PathLike)):
-        raise TypeError(f"expected a Network, or the name or folder of a model, got {given!r:.80}")
-    return Network(os.fspath(given))
+    return Network(given)  # type: ignore[arg-type]

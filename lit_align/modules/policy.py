@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lit_align.models.held import held_model
 from lit_align.models.language import LanguageModel
 from lit_align.models.load import load_causal_lm, tokenizer_of
 from lit_align.models.lora import adapters_off, has_lora, without_dropout
@@ -66,7 +67,10 @@ class PolicyModule(AlignModule):
             self.policy = self.spread(LanguageModel(load_causal_lm(self.network), self.network.head))
             none = None if self.automatic_optimization else type(self).__name__
             self.router_loss = find_router_loss(self.policy, self.network.router_loss, none)
-            self.tokenizer = tokenizer_of(self.network)
+            if held_model(self.network.name) is not None and hasattr(self.datamodule, "tokenizer"):
+                self.tokenizer = self.datamodule.tokenizer  # the name of a given model may be that of no folder
+            else:
+                self.tokenizer = tokenizer_of(self.network)
             check_new_tokens(self.network.new_tokens, self.tokenizer, getattr(self.datamodule, "tokenizer", None))
 
     def exported(self) -> Any:
