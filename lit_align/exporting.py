@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from lit_align.callbacks.chosen import Chosen, averaged_state, logged_step
 from lit_align.config_error import ConfigError
 from lit_align.lightning_cli import built
 from lit_align.models.export import export
+from lit_align.models.load import load_tokenizer
 from lit_align.models.lora import has_lora
 from lit_align.models.merge import merged_model
 from lit_align.models.scalar import ScalarModel
@@ -83,7 +85,7 @@ def export_run(
     # What a card asks of a Trainer.
     trainer: Any = SimpleNamespace(datamodule=data, global_step=picked.steps, callback_metrics={})
     card = model_card(trainer, module, run, out.resolve().name, picked, model)
-    tokenizer = getattr(data, "tokenizer", None) or getattr(module, "tokenizer", None)
+    tokenizer = _tokenizer(module, data, run)
     export(model, tokenizer, out, getattr(data, "stop_ids", ()), adapter=adapter, card=card, told=picked.told())
     return f"{picked}: written to {out}{_scale(module, settings, picked)}"
 
@@ -159,6 +161,21 @@ def _model(module: Any, state: Mapping[str, Tensor], role: str | None) -> PreTra
         _fill(module, state, "")
     model: PreTrainedModel = module.exported()
     return model
+
+
+def _tokenizer(module: Any, data: Any, run: Path | None) -> Any:
+    """The tokenizer that the run has exported, or would export: with new tokens, and with the template of its rows."""
+    if run is not None and read_seal(run / "model") is not None:
+        with contextlib.suppress(ValueError):  # the folder of a model without a tokenizer
+            return load_tokenizer(str(run / "model"))
+    if not hasattr(data, "exported_tokenizer"):
+        return getattr(data, "tokenizer", None) or getattr(module, "tokenizer", None)
+    data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0)
+    try:
+        data.setup("fit")  # rows tell whether a template wrote them; they are in the cache
+    except (OSError, ValueError):
+        return data.tokenizer
+    return data.exported_tokenizer
 
 
 def _fill(part: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:

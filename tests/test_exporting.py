@@ -194,3 +194,17 @@ def test_errors_of_one_line(run: Run, tmp_path: Path) -> None:
 def test_the_tokenizer_comes_along(run: Run, tmp_path: Path) -> None:
     main(["export", str(run("reward")), str(tmp_path / "out")])
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+# Kills: a tokenizer without the tokens that the model has rows for.
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "interrupted"])
+def test_new_tokens(run: Run, tmp_path: Path, finished: bool) -> None:
+    folder = shutil.copytree(run("sft", "--model.network.new_tokens=[<tool>]"), tmp_path / "run", symlinks=True)
+    ours = AutoTokenizer.from_pretrained(folder / "model").get_vocab()
+    if not finished:
+        shutil.rmtree(folder / "model")
+    main(["export", str(folder), str(tmp_path / "out")])
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.get_vocab() == ours
+    assert theirs.chat_template
+    assert "<tool>" in ours
