@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
 from argparse import ArgumentError
 from collections.abc import Iterable, Iterator
@@ -46,10 +47,11 @@ from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
 from lit_align.display import escape_record, printable, say
 from lit_align.doctor import checksums, examine
+from lit_align.ending import ending
 from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
-from lit_align.run_folder import check_writable, claimed_folder, requeued_folder, resumed_folder
+from lit_align.run_folder import check_writable, claimed_folder, requeued_folder, resumed_folder, way_back
 from lit_align.stopping import no_silent_exit
 
 
@@ -104,9 +106,9 @@ class AlignCLI(LightningCLI):
             config.out, config.ckpt_path = str(again), "last"
         out = resumed_folder(config.get("ckpt_path"), Path(config.out)) if self.subcommand == "fit" else None
         if out is None:
-            out = claimed_folder(Path(config.out))
+            out = claimed_folder(Path(config.out), reuse=self.subcommand == "fit", say=say)
             if str(out) != config.out:
-                say(f"{config.out} holds another run: this one goes to {out}")
+                say(f"{config.out} holds another run: this one goes to {out}{way_back(Path(config.out))}")
         else:
             claim.take(out, wait=True)
             if out.resolve() != Path(config.out).resolve():
@@ -130,6 +132,18 @@ class AlignCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with no_silent_exit(Path(self.config[subcommand].out)):
             super()._run_subcommand(subcommand)
+
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
+    def after_fit(self) -> None:
+        """Print the last figures and the folder of the model, unless both progress bar and logger are off."""
+        config = self.config[self.subcommand]
+        silent = config.trainer.enable_progress_bar is False and config.trainer.logger is False
+        if self.trainer.is_global_zero and not silent:
+            for line in ending(self.trainer, Path(config.out), time.monotonic() - self._began):
+                say(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run's logger and callbacks."""

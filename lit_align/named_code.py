@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
+import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
 from lit_align import limits
@@ -25,7 +26,8 @@ def restrict() -> None:
     set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
     if get_loader("yaml") is not _load:
         _LOADERS.append(get_loader("yaml"))
-        set_loader("yaml", _load)
+        # Its errors mean "no YAML", and the text is then taken as it stands.
+        set_loader("yaml", _load, exceptions=(yaml.YAMLError,))
 
 
 _LOADERS: list[Callable[[str], Any]] = []  # jsonargparse's own

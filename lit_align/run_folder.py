@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lit_align import claim
 from lit_align.config_error import ConfigError
-from lit_align.owned import check_replaceable, check_unwritten
+from lit_align.owned import check_replaceable, check_unwritten, is_ours
 
 
 def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
@@ -22,12 +22,20 @@ def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
     return folder if (folder / "config.yaml").exists() else None
 
 
-def free_folder(folder: Path, take: Callable[[Path], bool] = lambda path: True) -> Path:
+def holds_run(folder: Path) -> bool:
+    """True if a run has left its configuration in a folder."""
+    return (folder / "config.yaml").exists()
+
+
+def free_folder(
+    folder: Path, take: Callable[[Path], bool] = lambda path: True, holds: Callable[[Path], bool] = holds_run
+) -> Path:
     """The folder itself if no run lies in it, else the same name with the next free number.
 
     Args:
         folder: which.
         take: claims a folder; false if another run has it, which is as good as one that lies in it.
+        holds: true for a folder that holds a run.
 
     Raises:
         ConfigError: a run lies in it, and it has no name that a number could follow.
@@ -37,18 +45,52 @@ def free_folder(folder: Path, take: Callable[[Path], bool] = lambda path: True) 
             raise ConfigError(f"--out {folder} holds another run or its config.yaml: name a folder for this one")
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         # Looked at once more when it is claimed: the run that had it may have ended between the two.
-        if not (path / "config.yaml").exists() and take(path) and not (path / "config.yaml").exists():
+        if not holds(path) and take(path) and not holds(path):
             return path
     raise AssertionError
 
 
-def claimed_folder(folder: Path) -> Path:
-    """`free_folder`, claimed until the command ends; in other processes of a distributed run, that of rank 0."""
+def claimed_folder(folder: Path, reuse: bool = False, say: Callable[[str], None] = print) -> Path:
+    """`free_folder`, claimed until the command ends; in other processes of a distributed run, that of rank 0.
+
+    Args:
+        folder: which.
+        reuse: use the folder of a run that failed before its first checkpoint; its configuration and metrics are kept
+            under other names.
+        say: tells the user about that.
+    """
+
+    def holds(path: Path) -> bool:
+        return holds_run(path) and not (reuse and failed_early(path))
+
     if claim.other_rank():
-        return claim.follow(folder) or free_folder(folder)
-    got = free_folder(folder, claim.taken)
+        return claim.follow(folder) or free_folder(folder, holds=holds)
+    got = free_folder(folder, claim.taken, holds)
+    if holds_run(got):
+        kept = [
+            (got / name).replace(got / f"{Path(name).stem}-failed{Path(name).suffix}").name
+            for name in ("config.yaml", "metrics.csv")
+            if (got / name).exists()
+        ]
+        say(
+            f"{got}: the run before this one ended before its first checkpoint, so its folder is used again; "
+            f"{' and '.join(kept)} of it are kept"
+        )
     claim.share(folder, got)
     return got
+
+
+def failed_early(folder: Path) -> bool:
+    """True for the folder of a run that ended with neither a checkpoint nor a model: nothing can go on from it."""
+    left = [*(folder / "checkpoints").glob("*"), *(folder / "model").glob("*")]
+    return holds_run(folder) and is_ours(folder) and not left
+
+
+def way_back(folder: Path) -> str:
+    """How to go on with the run in a folder, if it has not ended; else nothing."""
+    if (folder / "model").is_dir() or not (folder / "checkpoints" / "last.ckpt").exists():
+        return ""
+    return "; the other one has not ended: to resume it instead, add --ckpt_path last"
 
 
 # What a command writes into its folder, beside config.yaml and what its callbacks are told to write.

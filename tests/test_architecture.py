@@ -60,8 +60,9 @@ BELOW = {
     "lightning_cli": {
         *("data", "models", "modules", "rewards", "callbacks", "doctor"),
         *("config_error", "config_files", "config_lists", "named_code", "own_modules", "parser", "run_folder"),
-        "model_folder",
+        *("ending", "model_folder"),
     },
+    "ending": set(),
     "cli": {"commands", "config_error", "config_files", "lightning_cli", "parser"},
     "versions": set(),
     "__main__": {"cli", "versions"},
