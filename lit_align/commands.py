@@ -228,6 +228,6 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "pipeline": pipeline,
     "sweep": sweep,
     "chat": chat,
-    "export": export,
     "report": report,
+    "export": export,
 }

@@ -10,9 +10,11 @@ import importlib
 import itertools
 import re
 from collections.abc import Iterable
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import lit_align
+from lit_align.keys import inner_class
+from lit_align.other_names import now_called
 
 
 class ConfigError(ValueError):
@@ -38,7 +40,7 @@ _LITERAL = re.compile(r"typing\.Literal\[([^\]]*)\]")
 _TYPE = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>")
 
 # The keys at the top of a configuration, and whose keys lie under those that name no class.
-_TOP = ["seed_everything", "trainer", "model", "data", "out", "checkpoint", "ckpt_path"]
+_TOP = ["seed_everything", "trainer", "model", "data", "out", "checkpoint", "ckpt_path", "export", "resume"]
 _OWNERS = {"trainer": "lightning.Trainer", "checkpoint": "lightning.pytorch.callbacks.ModelCheckpoint"}
 
 
@@ -103,6 +105,8 @@ def _sentence(key: str, class_path: str | None, problem: str) -> str:
 
 def _unknown_key(key: str, name: str, class_path: str | None, problem: str) -> str:
     full = f"{key}.{name}" if key else name
+    if (now := now_called(full)) is not None:
+        return f"unknown key {full!r}: {now}"
     if "callable class" in problem and (factory := re.search(r"class_path='([^']+)'", problem)):
         class_path = factory[1]
     top, _, rest = name.partition(".")
@@ -111,6 +115,9 @@ def _unknown_key(key: str, name: str, class_path: str | None, problem: str) -> s
             return f"unknown key {full!r}{_suggest(top, _TOP)}{_listed('; keys are', _TOP)}"
         class_path, name = _OWNERS[top], rest
     *path, last = name.split(".")
+    # The first name that is unknown: nothing is known of those below it.
+    while path and _nested(class_path, path) is None:
+        *path, last = path
     cls = _nested(class_path, path)
     accepted = _options(cls)
     owner = f"; keys of {cls.__name__} are" if cls else ""
@@ -130,13 +137,9 @@ def _nested(class_path: str | None, path: list[str]) -> Any:
     """The class, or the class of a parameter of it where the key goes deeper."""
     module, _, name = (class_path or "").rpartition(".")
     try:
-        cls = getattr(importlib.import_module(module), name)
-        for part in path:
-            hint = get_type_hints(cls.__init__)[part]
-            cls = next(t for t in (hint, *get_args(hint)) if isinstance(t, type) and t is not type(None))
+        return inner_class(getattr(importlib.import_module(module), name), path)
     except Exception:  # an explanation must not fail where the thing explained did
         return None
-    return cls
 
 
 def _options(cls: Any) -> list[str]:

@@ -32,7 +32,9 @@ BELOW = {
     "report": {"disk"},
     # Plugs in through the doors a user's own world would use; nothing below cli knows of it.
     "sandbox": {"types", "disk", "functional", "data", "models", "rollout", "rewards", "modules", "evaluation"},
-    "config_error": set(),
+    "keys": set(),
+    "other_names": set(),
+    "config_error": {"keys", "other_names"},
     "config_files": {"config_error"},
     "config_lists": set(),
     "named_code": {"config_error"},
