@@ -376,6 +376,7 @@ _UPSTREAM = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     r"Checkpoint directory .* exists and is not empty",
     r"The dirpath has changed from",  # of checkpoints: a run may be looked at from another folder
+    r"Be aware that when using `ckpt_path`, callbacks used to create",  # validate needs none of fit's callbacks
     r"Using ModelCheckpoint with manual optimization",  # it holds the weights after the step, as it should
     r"(?s)\s*.{0,80}deprecated in v4",  # of jsonargparse, by Lightning
     r"\s*By default only one JsonargparseDeprecationWarning",
