@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import re
 import sys
 import time
-import warnings
 from argparse import ArgumentError
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +42,13 @@ from lit_align.config_error import ConfigError, explain
 from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
-from lit_align.display import escape_record, printable, say
+from lit_align.display import printable, say
 from lit_align.doctor import checksums, examine
 from lit_align.ending import ending
 from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
+from lit_align.quiet import own_wandb_run, quiet_start
 from lit_align.run_folder import check_writable, claimed_folder, requeued_folder, resumed_folder, way_back
 from lit_align.stopping import no_silent_exit
 
@@ -219,7 +217,7 @@ def built(args: list[str]) -> tuple[LightningModule, LightningDataModule | None]
     Raises:
         ConfigError: a configuration that cannot be used.
     """
-    with _quiet_start(), importable(config_files(args)):
+    with quiet_start(), importable(config_files(args)):
         cli = _lightning(args, PartsCLI)
     return cli.model, cli.datamodule
 
@@ -285,7 +283,7 @@ def run_lightning(args: list[str]) -> AlignCLI:
     cli: type[AlignCLI] = AlignCLI
     if args[0] == "doctor":
         cli, args = DoctorCLI, ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
-    with claim.released(), _quiet_start(), _own_wandb_run(), importable(config_files(args)):
+    with claim.released(), quiet_start(), own_wandb_run(), importable(config_files(args)):
         return _lightning(args, cli)
 
 
@@ -324,65 +322,3 @@ def _lightning(args: list[str], cli: type[AlignCLI]) -> AlignCLI:
             "a process that builds batches was killed, mostly for want of memory: lower data.num_workers (0 needs no "
             f"process), and go on with --ckpt_path last ({' '.join(str(error).split())})"
         ) from error
-
-
-@contextlib.contextmanager
-def _own_wandb_run() -> Iterator[None]:
-    """A run of Weights & Biases that begins in a command ends with it: the next in this process is another one."""
-
-    def current() -> Any:
-        return getattr(sys.modules.get("wandb"), "run", None)
-
-    before = current()
-    code = 1
-    try:
-        yield
-        code = 0
-    finally:
-        if before is None and current() is not None:
-            current().finish(exit_code=code)
-
-
-@contextlib.contextmanager
-def _quiet_start() -> Iterator[None]:
-    """Without Lightning's advertisements and its report of hardware that is not there."""
-    lines = re.compile(r"💡|TPU available|HPU available|GPU available: False|Seed set to|`Trainer\.\w+` stopped")
-    loggers = [logging.getLogger(name) for name in _TALKATIVE]
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return not lines.search(record.getMessage())
-
-    for logger in loggers:
-        logger.addFilter(wanted)
-        logger.addFilter(escape_record)
-    try:
-        with warnings.catch_warnings():
-            for message in _UPSTREAM:
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(wanted)
-            logger.removeFilter(escape_record)
-
-
-# Warnings that say nothing about the user's run, by how they begin.
-_UPSTREAM = (
-    r"LightningCLI's args parameter is intended",
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"The '\w+' does not have many workers",
-    r"Total length of `list` across ranks is zero",  # no validation, as the data module was told
-    r"Couldn't infer the batch indices fetched from your dataloader",
-    r"The number of training batches \(\d+\) is smaller than the logging interval",
-    r"Checkpoint directory .* exists and is not empty",
-    r"The dirpath has changed from",  # of checkpoints: a run may be looked at from another folder
-    r"Be aware that when using `ckpt_path`, callbacks used to create",  # validate needs none of fit's callbacks
-    r"Using ModelCheckpoint with manual optimization",  # it holds the weights after the step, as it should
-    r"(?s)\s*.{0,80}deprecated in v4",  # of jsonargparse, by Lightning
-    r"\s*By default only one JsonargparseDeprecationWarning",
-)
-_TALKATIVE = (
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric.utilities.seed",
-)

@@ -62,9 +62,10 @@ BELOW = {
     "lightning_cli": {
         *("data", "models", "modules", "rewards", "callbacks", "doctor"),
         *("config_error", "config_files", "config_lists", "named_code", "own_modules", "parser", "run_folder"),
-        *("ending", "model_folder"),
+        *("ending", "model_folder", "quiet"),
     },
     "ending": set(),
+    "quiet": set(),
     "cli": {"commands", "config_error", "config_files", "lightning_cli", "parser"},
     "versions": set(),
     "__main__": {"cli", "versions"},
