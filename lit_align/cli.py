@@ -28,7 +28,8 @@ _ELSEWHERE = {
 USAGE = """usage: lit-align COMMAND [options]
 
   fit, validate, test, predict   LightningCLI: -c FILE.yaml, dotted overrides (--model.network.name=...), --out FOLDER,
-                                 --print_config; `lit-align fit --help` lists them, `--model.help PPOModule` explains
+                                 --print_config; `lit-align fit --help` lists them; `--model.help PPOModule`,
+                                 `--data.train.help`, `--model.network.lora.help` explain keys, at any depth
   doctor FILE                    what would spoil a fit with this configuration, in seconds
   demo                           the embedded world end to end: SFT, reward model, PPO and DPO, with a report
   pipeline FILE                  the stages of a file, in order, resumable

@@ -45,6 +45,7 @@ from lit_align.data.files import expand
 from lit_align.display import printable, say
 from lit_align.doctor import checksums, examine
 from lit_align.ending import ending
+from lit_align.key_help import asked, key_help
 from lit_align.model_folder import find_model, holds_model
 from lit_align.own_modules import importable
 from lit_align.parser import FullNamesParser
@@ -271,7 +272,7 @@ def _named(config: Any) -> dict[str, list[str]]:
     return dict(sorted(found.items()))
 
 
-def run_lightning(args: list[str]) -> AlignCLI:
+def run_lightning(args: list[str]) -> AlignCLI | None:
     """Run a command of LightningCLI's, or `doctor`, in this process.
 
     Args:
@@ -280,6 +281,10 @@ def run_lightning(args: list[str]) -> AlignCLI:
     Raises:
         ConfigError: a configuration that cannot be used.
     """
+    if asked(args):
+        with importable(config_files(args)):
+            say(key_help(args))
+        return None
     cli: type[AlignCLI] = AlignCLI
     if args[0] == "doctor":
         cli, args = DoctorCLI, ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]

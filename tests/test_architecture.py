@@ -62,10 +62,11 @@ BELOW = {
     "lightning_cli": {
         *("data", "models", "modules", "rewards", "callbacks", "doctor"),
         *("config_error", "config_files", "config_lists", "named_code", "own_modules", "parser", "run_folder"),
-        *("ending", "model_folder", "quiet"),
+        *("ending", "key_help", "model_folder", "quiet"),
     },
     "ending": set(),
     "quiet": set(),
+    "key_help": {"callbacks", "config_error", "config_files", "keys"},
     "cli": {"commands", "config_error", "config_files", "lightning_cli", "parser"},
     "versions": set(),
     "__main__": {"cli", "versions"},
