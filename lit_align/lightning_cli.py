@@ -112,7 +112,7 @@ class AlignCLI(LightningCLI):
             claim.take(out, wait=True)
             if out.resolve() != Path(config.out).resolve():
                 say(f"goes on in {out}, the folder of the checkpoint")
-        check_writable(out, self.subcommand)
+        check_writable(out, str(self.subcommand))
         if config.get("ckpt_path") == "best" and self.subcommand == "fit":
             config.ckpt_path = str(Path(config.out) / "checkpoints" / BEST)
         config.out = str(out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,23 @@ def test_a_folder_is_on_disk_with_all_that_is_in_it(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(os.fstat(descriptor).st_ino))
     sync_tree(tmp_path)
     assert set(seen) == {path.stat().st_ino for path in (tmp_path, tmp_path / "deep", tmp_path / "deep" / "file")}
+
+
+# Really: the system lets no file grow beyond a limit, as a full disk would not.
+WRITER = """
+import resource, sys
+from pathlib import Path
+from lit_align.disk import write_whole
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+write_whole(Path(sys.argv[1]), "new" * 9999)
+"""
+
+
+def test_a_file_that_the_system_cuts_off(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    command = [sys.executable, "-c", WRITER, str(tmp_path / "report.html")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    last = ran.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: [Errno 27] File too large: not written, and what was there before is kept: ")
+    assert last.endswith("report.html'")
+    assert contents(tmp_path) == {"report.html": "old"}

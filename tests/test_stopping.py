@@ -241,3 +241,25 @@ def test_while_python_starts(place: Path, tmp_path: Path, number: int) -> None:
         assert process.returncode in (128 + number, -number), said
         if process.returncode > 0:
             assert "Traceback" not in said
+
+
+# Kills: workers that the terminal's Ctrl-C ends before the batch is saved.
+@pytest.mark.slow
+def test_ctrl_c_in_a_terminal_with_workers(place: Path, tmp_path: Path) -> None:
+    """The terminal sends it to all processes of the group."""
+    content = written(place, tmp_path, max_steps=100000, limit_val_batches=0)
+    content["data"]["init_args"]["num_workers"] = 1
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lit_align", "fit", "-c", str(tmp_path / "run.yaml")]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.csv").exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert last(tmp_path / "run")["global_step"] > 0

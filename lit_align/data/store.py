@@ -214,7 +214,7 @@ def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadR
     """Write both files, the items last; processes that race write the same bytes."""
     with replacing(path, racing=True) as items:
         tally = _write(items, source, encode, on_bad_row)
-        counts = {
+        counts: dict[str, Any] = {
             "tally": dict(tally),
             "first": tally.first_skipped,
             "languages": tally.languages,
