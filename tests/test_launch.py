@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support.configs import config
+from support.metrics import steady
 from support.processes import torchrun
 from support.runs import write_rows
 from support.tiny import tiny_folder
@@ -66,7 +68,7 @@ def left(folder: Path) -> dict[str, Any]:
     """What a run left, as numbers by name."""
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     kept = {key: checkpoint[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
-    metrics = pandas.read_csv(folder / "metrics.csv").to_dict("list")
+    metrics = pandas.read_csv(io.StringIO(steady(folder / "metrics.csv"))).to_dict("list")
     return leaves({**kept, "exported": load_file(folder / "model" / "model.safetensors"), "metrics": metrics})
 
 

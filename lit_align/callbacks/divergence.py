@@ -79,7 +79,7 @@ class DivergenceGuard(Callback):
                 _stop(trainer, f"{name} is {value:.4g}, {side} {limit:.4g}: {way_out}")
 
     def _look(self, trainer: Trainer, outputs: Any) -> None:
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None or trainer.precision == "16-mixed"
         logged = {
             name: value
             for name, value in trainer.callback_metrics.items()

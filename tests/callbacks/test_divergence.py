@@ -131,24 +131,43 @@ class Poison(Callback):
 def test_weights_of_the_last_step_are_looked_at(fit: Callable, tmp_path: Path) -> None:
     """The loss before the step is finite, and there is none after it."""
     with pytest.raises(Diverged, match=r"step 1: weights are not finite \(policy\..*there is no checkpoint yet"):
-        fit(DivergenceGuard(), Poison(1), max_steps=1)
+        fit(PoisonWeights(1), DivergenceGuard(), max_steps=1)
     with pytest.raises(Diverged, match="weights are not finite"):
-        fit(HFExport(tmp_path / "model"), Poison(1), max_steps=1)
+        fit(HFExport(tmp_path / "model"), PoisonWeights(1), max_steps=1)
     assert not (tmp_path / "model").exists()
     fit(DivergenceGuard(finite=False), Poison(1), max_steps=1)
 
 
 # Kills: a look at the loss alone; a save before the look; a checkpoint of weights alone that goes unseen.
+@pytest.mark.parametrize("poison", ["Poison", "PoisonWeights"])
 @pytest.mark.parametrize(("own", "weights_only"), [(False, False), (True, False), (True, True)])
-def test_the_last_finite_checkpoint_is_kept(fit: Callable, tmp_path: Path, own: bool, weights_only: bool) -> None:
+def test_the_last_finite_checkpoint_is_kept(
+    fit: Callable, tmp_path: Path, own: bool, weights_only: bool, poison: str
+) -> None:
     kind = RunCheckpoint if own else ModelCheckpoint
     folder = tmp_path / "checkpoints"
     keep = kind(folder, every_n_train_steps=1, save_last=True, save_weights_only=weights_only)
-    with pytest.raises(Diverged, match=r"step 3: (weights are|train/loss is).*before is .*last\.ckpt"):
-        fit(DivergenceGuard(), Poison(3), keep, enable_checkpointing=True)
+    with pytest.raises(Diverged, match=r"step 3: (weights are|train/grad_norm is).*before is .*last\.ckpt"):
+        fit(globals()[poison](3), DivergenceGuard(), keep, enable_checkpointing=True)
     saved = torch.load(folder / "last.ckpt", weights_only=False)
     assert saved["global_step"] == 2
     assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+
+
+class PoisonWeights(Callback):
+    """Weights that are not finite after a step.
+
+    Args:
+        step: which, from 1.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *call: Any) -> None:
+        """Set them."""
+        if trainer.global_step == self.step:
+            next(module.parameters()).data.fill_(torch.nan)
 
 
 class Scaled(MixedPrecision):
