@@ -7,18 +7,18 @@ import re
 import warnings
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_align.models.called import passed_by
+
 ALL_LINEAR = "all-linear"
 # Layers that peft can put an adapter around.
 LAYERS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d)
-# Layers whose weight the model reads past the adapter; peft refuses the first two.
-PASSED_BY = {
-    "mamba": ("out_proj", "conv1d", "dt_proj"),
-    "falcon_mamba": ("out_proj", "conv1d", "dt_proj"),
-} | dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj", "conv1d"))
+# Layers that fused kernels of GPUs read past the adapter: peft refuses them.
+FUSED = dict.fromkeys(("mamba", "falcon_mamba", "mamba2", "falcon_h1", "nemotron_h"), ("out_proj", "conv1d"))
 
 
 def resolve_targets(model: PreTrainedModel, targets: list[str]) -> tuple[list[str], list[str]]:
@@ -38,12 +38,14 @@ def resolve_targets(model: PreTrainedModel, targets: list[str]) -> tuple[list[st
     Raises:
         ValueError: a name is not in the model.
     """
-    past = PASSED_BY.get(model.config.model_type, ())
-    layers = {
-        _path(path): layer
-        for path, layer in model.named_modules()
-        if _is_layer(path, layer) and path.removesuffix(".base_layer").rpartition(".")[2] not in past
-    }
+    layers = {_path(path): layer for path, layer in model.named_modules() if _is_layer(path, layer)}
+    past = {path.rpartition(".")[2] for path in passed_by(model, layers)} | {*FUSED.get(model.config.model_type, ())}
+    if (left_out := past & _all_linear(model, layers)) and ALL_LINEAR in targets:
+        rank_zero_info(
+            f"lora.targets: {ALL_LINEAR} leaves out {', '.join(sorted(left_out))}: {type(model).__name__} reads the "
+            "weight itself, past any adapter"
+        )
+    layers = {path: layer for path, layer in layers.items() if path.rpartition(".")[2] not in past}
     loose = loose_parameters(model)
     modules, parameters = set[str](), set[str]()
     for target in targets:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lit_align.models import LanguageModel, Lora, Network, export, load_causal_lm, load_scorer
+from lit_align.models.lora_targets import resolve_targets
 from lit_align.models.reload import check_export, check_reload
 from lit_align.models.roles import CONFIG, ScalarAdapter
 
@@ -37,8 +38,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "mamba": {"state_size": 4},
+    "jamba": {"num_experts": 4, "num_key_value_heads": 2, "use_mamba_kernels": False, "mamba_d_state": 8},
 }
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "jamba")
 TIED = ("tied llama", "gpt2", "gemma3_text", "mamba")
 RECURRENT = ("falcon_h1", "mamba")  # no class for reward models
 CASES = [(n, what) for n in SHAPES for what in ("layers", "embeddings", "head")] + [(n, "experts") for n in MIXTURES]
@@ -147,8 +149,19 @@ def test_a_name_that_is_not_in_the_model_is_an_error(tmp_path: Path) -> None:
     folder = start(tmp_path, "llama")
     with pytest.raises(ValueError, match=r"has no layer named 'q_prj', did you mean 'q_proj'\?; it has down_proj, "):
         load_causal_lm(Network(folder, lora=Lora(targets=["v_proj", "q_prj"])))
-    with pytest.raises(ValueError, match=r"reads the weight of out_proj itself, past any adapter: take the name out"):
-        load_causal_lm(Network(start(tmp_path / "mamba", "mamba"), lora=Lora(targets=["out_proj"])))
+
+
+# Kills: adapters around layers that the model does not call, which train nothing and are merged all the same.
+@pytest.mark.parametrize(("name", "layer"), [("mamba", "out_proj"), ("mamba", "dt_proj"), ("jamba", "dt_proj")])
+@pytest.mark.filterwarnings("ignore:lora.targets. all-linear does not reach the experts")
+def test_a_layer_that_is_read_past_its_adapter_is_left_out(name: str, layer: str, tmp_path: Path) -> None:
+    folder = start(tmp_path, name)
+    with pytest.raises(ValueError, match=rf"reads the weight of {layer} itself, past any adapter: take the name out"):
+        load_causal_lm(Network(folder, lora=Lora(targets=[layer])))
+    model = load_causal_lm(Network(folder))
+    before = torch.get_rng_state()
+    assert layer not in resolve_targets(model, ["all-linear"])[0]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.filterwarnings("ignore:lora.targets. all-linear does not reach the experts")
