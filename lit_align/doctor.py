@@ -13,6 +13,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 
 from lit_align.data.base import TextDataModule
 from lit_align.data.prompt import PromptDataModule
+from lit_align.data.watched import unused
 from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.models.seal import broken_seal, read_seal
 from lit_align.modules.base import AlignModule
@@ -61,7 +62,7 @@ def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule
     data.new_tokens = getattr(getattr(module, "network", None), "new_tokens", ())
     data.prepare_data()
     data.setup("fit")
-    findings = [*rows(data), *held_out(data)]
+    findings = [*rows(data), *columns(data), *held_out(data)]
     examples = [item.example for item in data.training_items(SAMPLE)]
     if not isinstance(data, PromptDataModule):
         findings += answers(data, examples)
@@ -104,6 +105,19 @@ def rows(data: TextDataModule) -> Iterator[Finding]:
             yield Finding("look", "truncation", f"{says}: raise data.max_length")
         else:
             yield Finding("ok", "truncation", says)
+
+
+def columns(data: TextDataModule) -> Iterator[Finding]:
+    """Columns that no reader has asked for, and turns that became examples of their own."""
+    for part in ("train", "val"):
+        for source, store in zip(
+            data.sources[part] or (), data.stores(part) if data.sources[part] else (), strict=True
+        ):
+            if left := unused(store.tally):
+                yield Finding("look", "columns", f"{part} data {source.name}: not used: {', '.join(left)}")
+            if alone := store.tally["turns_as_examples_of_their_own"]:
+                says = f"{alone:,} turns are examples of their own: the chat template renders a turn differently later"
+                yield Finding("look", "template", f"{says}; data.chat_template: qwen3 or another by name appends only")
 
 
 def fits(module: AlignModule, data: TextDataModule) -> Iterator[Finding]:

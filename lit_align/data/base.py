@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.chat import ChatEncoder, Turns, load_encoder
 from lit_align.data.fit import Truncate, over_budget
+from lit_align.data.language import differs_from_before
 from lit_align.data.loader import Loader, Position, evaluation_batches
 from lit_align.data.messages import Messages
 from lit_align.data.mixture import Timeline, check_resumed, order_of, report
@@ -25,6 +26,7 @@ from lit_align.data.rows import Row, Tally
 from lit_align.data.source import OnBadRow, Source, as_sources, expand, labels
 from lit_align.data.store import Item, Store, build, items_folder, tokenizer_key
 from lit_align.data.strings import Template
+from lit_align.data.watched import unused
 from lit_align.functional.packing import balance, best_fit_decreasing, pack, split_bins
 from lit_align.types import Example, PackedBatch
 
@@ -268,6 +270,10 @@ class TextDataModule(LightningDataModule):
         """Of each source that is set up: its name, and the largest token id in it."""
         return [(name, store.largest_token()) for name, store in self._named_stores()]
 
+    def unusual(self, model: str) -> list[str]:
+        """Where prompts are written in two languages, here or between this stage and that of a model's folder."""
+        return differs_from_before(self, model)
+
     def _named_stores(self) -> list[tuple[str, Store]]:
         parts = self._stores.items()
         pairs = (zip(self.sources[part] or (), stores, strict=True) for part, stores in parts)
@@ -324,6 +330,8 @@ class TextDataModule(LightningDataModule):
     def _report(self, part: str) -> None:
         for source, store in zip(self.sources[part] or (), self._stores[part], strict=True):
             rank_zero_info(f"{part} data {source.name}: {store.tally}")
+            if left := unused(store.tally):
+                rank_zero_info(f"{part} data {source.name}: columns that are not used: {', '.join(left)}")
 
     def _split(self) -> None:
         stores = self._stores["train"]

@@ -88,12 +88,16 @@ class Tally(Counter[str]):
     Attributes:
         first_skipped: why the first bad row was left out.
         languages: how prompts were written: by the chat template, as text; see `data/strings.py`.
+        columns: names of the file's columns that hold something; those of turns as `messages[].role`.
+        used: those that a reader has asked for; see `data/watched.py`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.first_skipped: str | None = None
         self.languages: Counter[str] = Counter()
+        self.columns: set[str] = set()
+        self.used: set[str] = set()
 
     def skip(self, error: Exception) -> None:
         """Count a bad row that the user allowed to leave out, and remember the first."""

@@ -16,6 +16,7 @@ from lit_align.data.formats import FORMATS, PREFERENCES, among_preferences, reco
 from lit_align.data.given import GivenRows, given_rows
 from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally, missing
 from lit_align.data.saved import files_of, is_saved, load_hub, load_saved
+from lit_align.data.watched import watch
 from lit_align.display import printable
 from lit_align.secret import redact_text
 
@@ -108,10 +109,11 @@ class Source:
             tally["rows"] += 1
             try:
                 row = self._rename(raw)
+                watched = watch(row, tally)
                 if reader is None:
                     kind = recognise(row)
                     reader = FORMATS[kind]
-                held = (reader if kind not in PREFERENCES else FORMATS[among_preferences(row, kind)])(row)
+                held = (reader if kind not in PREFERENCES else FORMATS[among_preferences(row, kind)])(watched)
                 if not held:  # a tree that nobody ranked, for one
                     tally["rows_with_nothing_to_learn"] += 1
                 for read in held:

@@ -33,7 +33,7 @@ from lit_align.disk import checksum, replacing
 from lit_align.types import Example, Segment
 
 # Part of the key: raise it when the same rows would be tokenised differently.
-VERSION = 6
+VERSION = 7
 
 FEATURES = Features(
     {
@@ -96,7 +96,8 @@ class Store:
 
     def described(self) -> dict[str, Any]:
         """For the run's manifest."""
-        return {"fingerprint": self.fingerprint, "origin": self.origin, "counts": dict(self.tally)}
+        told = {"fingerprint": self.fingerprint, "origin": self.origin, "counts": dict(self.tally)}
+        return {**told, "languages": dict(self.tally.languages)}
 
     def __len__(self) -> int:
         return len(self.data)
@@ -204,6 +205,7 @@ def _read(path: Path, key: str) -> Store | None:
         tally.update(told["tally"])
         tally.first_skipped = told["first"]
         tally.languages.update(told["languages"])
+        tally.columns, tally.used = set(told["columns"]), set(told["used"])
         data = Dataset.from_file(str(path))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pyarrow.ArrowException):
         return None
@@ -218,6 +220,8 @@ def _write_cached(path: Path, source: Source, encode: Encode, on_bad_row: OnBadR
             "tally": dict(tally),
             "first": tally.first_skipped,
             "languages": tally.languages,
+            "columns": sorted(tally.columns),
+            "used": sorted(tally.used),
             "bytes": items.stat().st_size,
         }
         counts["checksum"] = [checksum(items), _crc(counts)]

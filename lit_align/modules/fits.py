@@ -55,7 +55,9 @@ def check_data(module: Any, data: Any) -> list[str]:
     model = module.exported() if hasattr(module, "exported") else None
     if not isinstance(model, PreTrainedModel) or not hasattr(data, "longest_sequences"):
         return []
-    return [*_lengths(module, model, data), *_tokens(model, data), *_tokenizer(module, data)]
+    network = getattr(module, "network", None)
+    before = [] if network is None else data.unusual(network.name)
+    return [*_lengths(module, model, data), *_tokens(model, data), *_tokenizer(module, data), *before]
 
 
 def _lengths(module: Any, model: PreTrainedModel, data: Any) -> list[str]:
