@@ -21,7 +21,7 @@ _LARGEST_HEADER = 100_000_000
 
 # Unexpected weights that change nothing, by kind: buffers that older versions saved and that are computed now.
 _BUFFERS = re.compile(
-    r"(^|\.)(inv_freq|position_ids|num_batches_tracked|masked_bias|h\.\d+\.attn\.bias|attention\.bias)$"
+    r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|num_batches_tracked|causal_mask|masked_bias|h\.\d+\.attn\.bias|attention\.bias)$"
 )
 _VOCABULARY_HEAD = re.compile(r"^(lm_head|embed_out|output_embeddings)\.")
 # A head that classifies: what a reward model has, and a language model has no place for.

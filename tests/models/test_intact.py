@@ -176,6 +176,7 @@ def test_what_changes_nothing_may_be_too_much(folder: Folder) -> None:
     place = folder()
     weights = load_file(place / "model.safetensors")
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["model.layers.0.self_attn.causal_mask"] = torch.ones(1, 1, 4, 4)
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
     load_causal_lm(Network(str(place)))
     load_scorer(Network(str(place)))
