@@ -106,10 +106,10 @@ def _class_named(base: type, name: str) -> type | None:
 def _subclasses(base: type, ours: bool = True) -> list[type]:
     """Known subclasses; with `ours`, those that lit_align hands out."""
     found: dict[type, None] = {}
-    unseen = [base]
+    unseen: list[type] = [base]
     while unseen:
         cls = unseen.pop(0)
-        below = [sub for sub in type.__subclasses__(cls) if not sub.__name__.startswith("_")]
+        below: list[type] = [sub for sub in type.__subclasses__(cls) if not sub.__name__.startswith("_")]
         unseen += below
         found |= dict.fromkeys(below)
     if not ours:

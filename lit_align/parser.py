@@ -32,8 +32,10 @@ class FullNamesParser(LightningArgumentParser):
         if self._short and isinstance(cfg_obj, (Namespace, Mapping)):
             cfg_obj = cfg_obj.clone() if isinstance(cfg_obj, Namespace) else dict(cfg_obj)
             for key, short in self._short.items():
-                if (value := cfg_obj.get(key)) is not None:
-                    cfg_obj[key] = short.expand(value)
+                *outer, name = key.split(".")
+                held = cfg_obj.get(outer[0]) if outer else cfg_obj
+                if isinstance(held, (Namespace, dict)) and (value := held.get(name)) is not None:
+                    held[name] = short.expand(value)
         return super().parse_object(cfg_obj, *args, **kwargs)
 
     def parse_args(self, args: Any = None, *further: Any, **kwargs: Any) -> Any:

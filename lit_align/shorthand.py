@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 
 from lit_align.data.source import Source, keys_of
-from lit_align.models.network import Network
+from lit_align.models.network import Lora, Network
 from lit_align.rewards import Reward, reward_spec
 
 
@@ -23,11 +23,11 @@ class Shorthand:
     """How a parameter of a class may be given.
 
     Attributes:
-        full: the options that a text stands for; None if the text is no short form.
+        full: the options that a text stands for; None if the text is no short form. Of a `lora`, a number or a bool.
         container: list or dict, if the parameter takes several; else None.
     """
 
-    full: Callable[[str], Any]
+    full: Callable[[Any], Any]
     container: type | None = None
 
     def expand(self, value: Any) -> Any:
@@ -41,7 +41,7 @@ class Shorthand:
         return self._one(value) if self.container is None else value
 
     def _one(self, value: Any) -> Any:
-        if not isinstance(value, str) or _is_config(value):
+        if self.full is not _lora and (not isinstance(value, str) or _is_config(value)):
             return value
         full = self.full(value)
         return value if full is None else full
@@ -50,6 +50,13 @@ class Shorthand:
 def _is_config(text: str) -> bool:
     """Whether jsonargparse reads the options from a file of this name, or is given them as a text."""
     return text.endswith((".yaml", ".yml")) or text.lstrip().startswith(("{", "["))
+
+
+def _lora(value: Any) -> Any:
+    """`lora: true` is the default rank, `lora: 8` a rank; None for anything else."""
+    if isinstance(value, bool):
+        return {"r": Lora().r} if value else value
+    return {"r": value} if isinstance(value, int) else None
 
 
 # What takes a short form, and how a text is written out.
@@ -73,6 +80,8 @@ def shorthands(cls: Any) -> dict[str, Shorthand]:
         for name, hint in hints.items():
             if short := _shorthand(hint):
                 found[name] = short
+                if short.full is _FULL[Network] and short.container is None:
+                    found[f"{name}.lora"] = Shorthand(_lora)
     return found
 
 

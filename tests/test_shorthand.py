@@ -86,6 +86,19 @@ def test_a_network_by_its_name_takes_further_keys(parsed: Callable) -> None:
     assert (network["name"], network["lora"]["r"]) == ("other", 3)
 
 
+def test_an_adapter_by_its_rank(parsed: Callable) -> None:
+    def lora(network: Any, *args: str) -> Any:
+        held = parsed(sft(network=network), rows(train="a.json"), *args)["model"]["init_args"]["network"]["lora"]
+        return held and held["r"]
+
+    assert lora({"name": "m", "lora": True}) == 16
+    assert lora({"name": "m", "lora": 8}) == 8
+    assert lora("m", "--model.network.lora=4") == 4
+    assert lora("m", "--model.network.lora=true", "--model.network.lora.alpha=8") == 16
+    assert lora({"name": "m", "lora": {"r": 3}}) == 3
+    assert lora({"name": "m", "lora": None}) is None
+
+
 def test_networks_and_rewards_of_other_modules(parsed: Callable) -> None:
     dpo = {"class_path": "lit_align.DPOModule", "init_args": {"network": "m", "reference": "models/sft"}}
     data = {"class_path": "lit_align.PreferenceDataModule", "init_args": {"tokenizer": "m", "train": ["a.json"]}}
