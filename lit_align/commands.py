@@ -188,6 +188,8 @@ def _override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set wants STAGE.KEY=VALUE, got {text!r}")
     try:
         return key, json.loads(value)
+    except RecursionError as error:
+        raise ConfigError(f"--set {key}: the value is nested too deeply") from error
     except json.JSONDecodeError:
         return key, value
 

@@ -82,6 +82,7 @@ def _sentence(key: str, class_path: str | None, problem: str) -> str:
     if option := _OPTION.search(problem):
         return _unknown_key(key, ".".join(part for part in option.groups() if part), class_path, problem)
     if denied := _DENIED.search(problem):
+        key = key or "class_path"
         return f"{key}: a configuration may not name {denied[1]!r}: it runs commands or opens files (docs/security.md)"
     if wanted := _IMPORT.search(problem):
         name = next(group for group in wanted.groups() if group)

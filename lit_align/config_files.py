@@ -12,6 +12,9 @@ import yaml
 from lit_align import limits
 from lit_align.config_error import ConfigError
 
+# What YAML takes in no value.
+_NO_YAML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffe\uffff]")
+
 
 def config_files(words: list[str]) -> Iterator[Path]:
     """What follows `-c` in a command."""
@@ -28,6 +31,8 @@ def check_files(words: list[str]) -> None:
     Raises:
         ConfigError: names the file.
     """
+    for word in filter(_NO_YAML.search, words):
+        raise ConfigError(f"{word!r:.100}: control characters and bytes that are no UTF-8 cannot be given here")
     files = config_files(words)
     if words[:1] == ["doctor"] and words[1:] and not words[1].startswith("-"):
         files = itertools.chain([Path(words[1])], files)

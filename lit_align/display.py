@@ -6,6 +6,7 @@ cursor, retitle the window or hide text, and marks that turn its direction aroun
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import traceback
@@ -54,7 +55,7 @@ def escape_record(record: logging.LogRecord) -> bool:
 
 
 def escape_the_rest() -> None:
-    """Escape warnings and tracebacks of this process, which print texts of whoever raises them."""
+    """Escape logs, warnings and tracebacks of this process, which print texts of whoever raises them."""
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         said = warnings.formatwarning(message, category, filename, lineno, line)
@@ -64,5 +65,14 @@ def escape_the_rest() -> None:
         said = "".join(traceback.format_exception(kind, error, trace))
         print(printable(redact_text(said), lines=True), end="", file=sys.stderr)
 
+    plain = logging.getLogRecordFactory()
+
+    def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        made = plain(*args, **kwargs)
+        with contextlib.suppress(Exception):  # its handler says what is wrong with it
+            escape_record(made)
+        return made
+
+    logging.setLogRecordFactory(record)
     warnings.showwarning = show
     sys.excepthook = fail

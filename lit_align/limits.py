@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import yaml
 # Larger than any configuration; a table of rows belongs in a data file.
 MAX_BYTES = 4 << 20
 MAX_VALUES = 100_000
+MAX_JSON = 256 << 20  # what a run leaves of its figures
 MAX_DEPTH = 100
 
 _KINDS = {
@@ -57,6 +59,39 @@ def read_text(path: str | Path, largest: int = MAX_BYTES) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start:,})") from error
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The mapping that a JSON file of a run holds.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no regular file, not JSON, nested too deeply, or no mapping; names it.
+    """
+    try:
+        content = json.loads(read_text(path, largest=MAX_JSON))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON: it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping")
+    return content
+
+
+def check_folder(folder: str | Path) -> None:
+    """Refuse a folder with pipes, sockets or devices in it, whose reading may never end.
+
+    Args:
+        folder: what is no folder here, such as a name on the hub, is not looked at.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    for name in names:
+        if (found := kind(os.path.join(folder, name))) not in (None, "a folder"):
+            raise ValueError(f"{os.path.join(folder, name)} is {found}, expected a file")
 
 
 def load_yaml(text: str, where: object = "YAML") -> Any:

@@ -33,13 +33,13 @@ _PLAIN_HEADERS = {"accept", "cache_control", "connection", "content_type", "host
 # Words that stand before a secret and are none.
 _SCHEMES = re.compile(r"\b(?:bearer|basic|token|digest|api-?key|key|negotiate)\b", re.IGNORECASE)
 _REFERENCE = re.compile(r"\$\{\w+\}|\$\w+")
-_USER = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]*://)(?P<user>[^\s/?#\"'<>]*)@", re.IGNORECASE)
+_USER = re.compile(r"(?P<scheme>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{0,30}://)(?P<user>[^\s/?#\"'<>]*)@", re.IGNORECASE)
 _QUERY = re.compile(r"(?P<name>[?&;#]([\w.-]+)=)(?P<value>[^&;#\s\"']+)")
 # Schemes whose user is no secret without a password.
 _LOGINS = ("ssh://", "git://", "git+ssh://", "sftp://", "hdfs://")
 # Keys of well-known services, wherever they stand.
 _SHAPES = re.compile(
-    r"\b(?:sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
+    r"(?<![\w-])(?:sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|xox[abprs]-[\w-]{10,}|A(?:KIA|SIA)[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=[Bb]asic )[A-Za-z0-9+/=]{8,}"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
@@ -105,6 +105,8 @@ def without(path: Path, content: Any) -> Iterator[Path]:
     if kept == content:
         yield path
         return
+    for left in path.parent.glob(f".{path.stem}-*{path.suffix}"):  # by a process that was killed
+        left.unlink(missing_ok=True)
     whole = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         write_private(whole, yaml.safe_dump(content, sort_keys=False))

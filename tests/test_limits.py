@@ -194,3 +194,41 @@ def test_the_message_ends_the_command(
     assert entry() == 1
     assert capsys.readouterr().err.startswith("lit-align: run.yaml, line ")
     assert load_yaml  # the other entrance
+
+
+def test_json_of_a_run_is_read_within_the_limits(place: Path) -> None:
+    folder = place / "run"
+    folder.mkdir()
+    for text in ("[" * 100_000, "[1]", "{", '"text"'):
+        (folder / "summary.json").write_text(text)
+        with pytest.raises(ValueError, match=r"summary\.json"):
+            main(["report", "run"])
+    (folder / "summary.json").unlink()
+    os.mkfifo(folder / "summary.json")
+    with pytest.raises(ValueError, match="a named pipe"):
+        main(["report", "run"])
+    with pytest.raises(ValueError, match="nested too deeply"):
+        main(["pipeline", "pipeline.yaml", "--set", "a.b=" + "[" * 100_000])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "adapter_config.json"])
+def test_a_pipe_in_a_models_folder_is_not_read(name: str, place: Path) -> None:
+    from support.tiny import tiny_folder
+
+    from lit_align import Network
+    from lit_align.models import load_causal_lm, load_tokenizer
+
+    folder = Path(tiny_folder(place / "model"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for load in (load_tokenizer, lambda folder: load_causal_lm(Network(folder))):
+        with pytest.raises(ValueError, match="a named pipe"):
+            load(str(folder))
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J", "a\x00b", "caf\udce9", "\x9b", "\x7f"])
+def test_what_no_yaml_takes_is_one_line(value: str) -> None:
+    for words in (["fit", f"--model.network.name={value}"], ["fit", "--out", value], ["doctor", value]):
+        with pytest.raises(ValueError, match=r"control characters|does not exist") as told:
+            main(words)
+        assert "\n" not in str(told.value)

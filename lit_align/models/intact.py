@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_align import limits
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 AGAIN = "copy the folder again from where it comes from, or export it again"
 # The largest header that the format allows, in bytes.
@@ -77,6 +79,7 @@ def check_files(folder: Path, weights: bool = True) -> None:
     Raises:
         ValueError: config.json, the index or a weight file is damaged, or the index names a file that is gone.
     """
+    limits.check_folder(folder)
     if not (folder / CONFIG).exists():
         return
     read_json(folder / CONFIG)

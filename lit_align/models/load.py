@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lit_align import limits
 from lit_align.model_folder import adapter_base, find_model, is_adapter
 from lit_align.models.held import copied, held_model, set_dropout
 from lit_align.models.intact import check_files, check_fit, check_values, read_json
@@ -96,6 +97,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False, revision: str | N
     name = find_model(name)
     folder = Path(name)
     if folder.is_dir():
+        limits.check_folder(folder)
         if (folder / "tokenizer_config.json").exists():
             read_json(folder / "tokenizer_config.json")
         if not any((folder / file).exists() for file in _TOKENIZERS):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_align import limits
+
 Curve = tuple[list[float], list[float]]  # steps, values
 
 
@@ -40,10 +42,12 @@ def read_run(folder: Path) -> RunData:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
+    limits.check_folder(folder)
     run = RunData(folder, _json(folder / "summary.json"), _json(folder / "manifest.json"))
     run.sweep = _json(folder / "sweep.json")
     stages = [folder] if (folder / "metrics.csv").exists() else sorted(folder.glob("*/"), key=_age)
     for stage in stages:
+        limits.check_folder(stage)
         if (stage / "metrics.csv").exists():
             run.curves[stage.name] = read_curves(stage / "metrics.csv")
         if (stage / "samples.jsonl").exists():
@@ -69,7 +73,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return limits.read_json(path) if path.exists() else {}
 
 
 def _age(stage: Path) -> float:
