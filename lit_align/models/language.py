@@ -52,10 +52,12 @@ class LanguageModel(TreeModel):
         head: who computes the log-probabilities, where it can; see `Network.head`.
 
     Attributes:
+        decoding: how completions are computed, once that was probed; see `rollout.decoding`.
         dense_bytes: largest logits, in bytes of fp32, that are held at once.
         cached_bytes: how many a CPU looks at together, so that they stay in its cache.
     """
 
+    decoding: str | None = None
     dense_bytes = 2**30
     cached_bytes = 2**24
 
@@ -67,23 +69,40 @@ class LanguageModel(TreeModel):
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Compare `logits` with the model's own: some architectures do more behind their output embeddings.
+        """Compare states and logits with the model's own, of tokens from all over the vocabulary.
+
+        One token is not enough: where it is the padding its embedding is zero, and so are its logits by any rule.
 
         Raises:
-            ValueError: they differ.
+            ValueError: they differ, or a token's logits depend on later tokens.
         """
         if self.hf.device.type == "meta":
             return
+        name = type(self.hf).__name__
+        vocabulary = self.hf.config.get_text_config().vocab_size
+        ids = torch.tensor([[(5 + k * (vocabulary // 7) + k) % vocabulary for k in range(7)]], device=self.hf.device)
         training = self.hf.training
         self.hf.eval()
-        ids = torch.zeros(1, 3, dtype=torch.long, device=self.hf.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        own, ours = self.hf(**inputs).logits, self.logits(self.backbone(**inputs).last_hidden_state)
-        self.hf.train(training)
-        if not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2 * own.float().abs().max().item()):
+        try:
+            own = self.hf(input_ids=ids, use_cache=False).logits.float()
+            earlier = self.hf(input_ids=ids[:, :4], use_cache=False).logits.float()
+            ours = self.logits(self.backbone(input_ids=ids, use_cache=False).last_hidden_state).float()
+        except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError) as error:
             raise ValueError(
-                f"{type(self.hf).__name__} computes its logits in a way that is not known here, so its "
+                f"{name} does not run on tokens alone: the architecture is not supported: {error}"
+            ) from error
+        finally:
+            self.hf.train(training)
+        atol = 1e-2 * own.abs().max().item()
+        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=atol):
+            raise ValueError(
+                f"{name} computes its logits in a way that is not known here, so its "
                 "log-probabilities would be wrong: the architecture is not supported"
+            )
+        if not torch.allclose(own[:, :4], earlier, rtol=1e-2, atol=atol):
+            raise ValueError(
+                f"{name} attends to later tokens, so it is no causal language model (is `is_decoder` missing in its "
+                "config.json?)"
             )
 
     def forward(
@@ -167,7 +186,7 @@ class LanguageModel(TreeModel):
     def _plain_head(self) -> bool:
         """Whether the head is one matrix and nothing else."""
         config, head = self.hf.config.get_text_config(), self.hf.get_output_embeddings()
-        extras = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+        extras = ("logit_scale", "logits_scaling", "lm_head_multiplier", *SOFTCAPS)
         if type(head) is not nn.Linear or head.bias is not None:
             return False
         return all(getattr(config, key, None) in (None, 1.0) for key in extras)
@@ -183,8 +202,20 @@ class LanguageModel(TreeModel):
         """Hidden states to logits, with whatever the architecture does behind its output embeddings."""
         config = self.hf.config.get_text_config()
         logits_SV = self.hf.get_output_embeddings()(hidden_SH)
-        scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        scale = (
+            _factor(config, "logit_scale") * _factor(config, "lm_head_multiplier") / _factor(config, "logits_scaling")
+        )
         if scale != 1.0:  # a pass over the largest tensor there is
             logits_SV = logits_SV * scale
-        cap = getattr(config, "final_logit_softcapping", None)
+        cap = next((getattr(config, key) for key in SOFTCAPS if getattr(config, key, None)), None)
         return logits_SV if cap is None else cap * (logits_SV / cap).tanh()
+
+
+# What configurations call the bound that a tanh puts on logits: Gemma 2 to 4, RecurrentGemma.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
+
+
+def _factor(config: Any, key: str) -> float:
+    """A factor of the logits; MPT gives null for none."""
+    value = getattr(config, key, None)
+    return 1.0 if value is None else float(value)

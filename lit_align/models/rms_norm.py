@@ -9,13 +9,12 @@ Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equatio
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -66,47 +65,53 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def normalize_in_few_passes(model: PreTrainedModel) -> None:
-    """Let the normalisation layers of a model use `rms_norm` on a CPU, if theirs do the same."""
+def normalize_in_few_passes(model: nn.Module) -> None:
+    """Let the normalisation layers of this model use `rms_norm` on a CPU, each if its own forward does the same.
+
+    The layers' class stays as it is, and so does every other model: instances of one class may differ (Gemma 4 has
+    norms with and without a weight).
+    """
+    alike: dict[tuple[type, Any, torch.Size], bool] = {}
     for module in model.modules():
-        kind = type(module)
-        if kind.__name__.endswith("RMSNorm") and not hasattr(kind.forward, "theirs") and _same(module):
-            kind.forward = _instead_of(kind.forward)
+        if type(module).__name__.endswith("RMSNorm") and "forward" not in vars(module):
+            weight = getattr(module, "weight", None)
+            kind = type(module), _eps(module), weight.shape if isinstance(weight, Tensor) else torch.Size()
+            if kind not in alike:
+                alike[kind] = _same(module)
+            if alike[kind]:
+                # A bound method, which a deep copy of the model binds to the copy.
+                module.forward = MethodType(_forward, module)
 
 
 def _eps(module: nn.Module) -> Any:
     return getattr(module, "variance_epsilon", getattr(module, "eps", None))
 
 
-def _instead_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
-        alike = hidden_states.dtype == self.weight.dtype and hidden_states.dtype in (torch.float32, torch.float64)
-        # Under autocast the product in backward would be one of bf16.
-        plain = alike and not more and not options and not torch.is_autocast_enabled("cpu")
-        if not plain or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
-            return theirs(self, hidden_states, *more, **options)
-        return rms_norm(hidden_states, self.weight, _eps(self))
-
-    forward.theirs = theirs  # type: ignore[attr-defined]
-    return forward
+def _forward(self: Any, hidden_states: Tensor, *more: Any, **options: Any) -> Any:
+    """What a layer computes: `rms_norm` where it is the same in fewer passes, else its class's own forward."""
+    alike = hidden_states.dtype == self.weight.dtype and hidden_states.dtype in (torch.float32, torch.float64)
+    # Under autocast the product in backward would be one of bf16.
+    plain = alike and not more and not options and not torch.is_autocast_enabled("cpu")
+    if not plain or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        return type(self).forward(self, hidden_states, *more, **options)
+    return rms_norm(hidden_states, self.weight, _eps(self))
 
 
 def _same(module: nn.Module) -> bool:
-    """Whether a layer of that name does the same: some add 1 to their weights, or have a gate."""
+    """Whether a layer of that name does the same: some add 1 to their weights, have a gate, or no weight at all."""
     if not isinstance(_eps(module), float) or [name for name, _ in module.named_parameters()] != ["weight"]:
         return False
     seeded = torch.Generator().manual_seed(0)
     # Lightning makes models with the GPU as the place of new tensors, and in the run's precision.
     here: Any = {"generator": seeded, "device": "cpu", "dtype": torch.float32}
     size = sum(weight.numel() for weight in module.parameters())
-    probe = copy.deepcopy(module).to_empty(device="cpu").float()
+    probe: Any = copy.deepcopy(module).to_empty(device="cpu").float()
     probe.weight = nn.Parameter(torch.randn(size, **here))
     # Large enough to tell where it is added.
     setattr(probe, "variance_epsilon" if hasattr(probe, "variance_epsilon") else "eps", 0.5)
     x = torch.randn(2, 3, size, **here)
-    theirs = type(module).forward
     try:
-        expected = theirs(probe, x)
-    except (TypeError, ValueError, RuntimeError, IndexError):
+        expected = type(module).forward(probe, x)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
-    return torch.allclose(expected, _instead_of(theirs)(probe, x), atol=1e-6)
+    return torch.allclose(expected, _forward(probe, x), atol=1e-6)

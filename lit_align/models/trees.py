@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -19,6 +21,8 @@ from lit_align.models.tree_attention import attends_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
 
 Read = Literal["source_S", "last_Q"]
+# Kinds of attention layers whose rule the masks below follow.
+MASKED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def attention_mask(config: PreTrainedConfig, batch: PackedBatch, dtype: torch.dtype) -> Any:
@@ -104,40 +108,94 @@ def read_states_unpacked(backbone: PreTrainedModel, batch: PackedBatch, read_S: 
     return read_rows(output.last_hidden_state.flatten(0, 1), read_S)
 
 
+def read_states_by_length(
+    backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor, switch: int | None = None
+) -> Tensor:
+    """The same without any padding: sequences of one length at a time.
+
+    Args:
+        backbone: the transformer below the head.
+        batch: one sequence a row.
+        read_S: which of its R * N tokens; any may occur twice.
+        switch: padding does no harm, but sequences of at most so many tokens must not stand beside longer ones; None
+            if no two lengths may stand together.
+    """
+    length_R = (batch.tree_RN >= 0).sum(1)
+    group_R = length_R if switch is None else (length_R > switch).long()
+    pieces, rows = [], []
+    for group in group_R.unique().tolist():
+        row_G = torch.nonzero(group_R == group)[:, 0]
+        longest = int(length_R[row_G].max())
+        mask_GN = None if switch is None else (batch.tree_RN[row_G, :longest] >= 0).long()
+        output = backbone(input_ids=batch.tokens_RN[row_G, :longest], attention_mask=mask_GN, use_cache=False)
+        states_GNH = output.last_hidden_state
+        pieces.append(nn.functional.pad(states_GNH, (0, 0, 0, batch.tokens_RN.shape[1] - longest)))
+        rows.append(row_G)
+    states_RNH = torch.cat(pieces)[torch.cat(rows).argsort()]
+    return read_rows(states_RNH.flatten(0, 1), read_S)
+
+
+def length_switch(config: PreTrainedConfig) -> int | None:
+    """Longest sequence of a model's first set of rotary frequencies, if longer ones get others (LongRoPE).
+
+    transformers chooses by the longest position of a call, so a short sequence beside a long one would be turned by
+    the frequencies of the long one.
+    """
+    config = config.get_text_config()
+    found: list[dict[str, Any]] = [getattr(config, "rope_parameters", None) or {}]
+    found += [inner for inner in found[0].values() if isinstance(inner, dict)]
+    for parameters in found:
+        if parameters.get("rope_type") == "longrope":
+            length = parameters.get("original_max_position_embeddings")
+            return int(length or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+    return None
+
+
 class TreeModel(nn.Module):
     """A transformers model whose backbone runs on packed batches, where it can take them.
 
     Whether it can is not guessed from its name: a probe compares a small tree with its sequences run alone. Recurrent
     and convolutional models, and those that read positions off the mask, fail it; they get one sequence a row, through
-    the same batch type.
+    the same batch type. Those that see the padding of such rows, too, get sequences of one length at a time.
 
     Attributes:
         hf: the transformers model, head included.
         by_tree: whether it attends tree by tree, which is faster on a CPU.
         packs: whether the backbone takes trees at all.
+        pads: whether sequences of different length may be padded.
+        switch: see `length_switch`.
         thrifty: whether its last layer can be computed for single tokens.
     """
 
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
+        self.switch = length_switch(hf.config)
         # Not what is compiled: tree by tree there is another graph for every number of trees.
         by_tree = attends_by_tree(self.backbone) and not self._compiled
         self.by_tree = by_tree and _takes_trees(self.backbone, by_tree=True)
         self.packs = self.by_tree or _takes_trees(self.backbone)
         # Hooks that come and go would be compiled again and again.
         self.thrifty = self.packs and not self._compiled and _takes_trees(self.backbone, self.by_tree, thrifty=True)
+        self.pads = self.packs or _same_as_alone(self.backbone, read_states_unpacked)
         if not self.packs:
+            rows = (
+                "each sequence gets a row of its own" if self.pads else "sequences of one length are computed together"
+            )
             warnings.warn(
-                f"{type(self.backbone).__name__} takes no mask of trees: each sequence gets a row of its own, and "
-                "prompts are computed once per answer",
+                f"{type(self.backbone).__name__} takes no mask of trees: {rows}, and prompts are computed once per "
+                "answer",
                 stacklevel=2,
             )
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The transformer below the head."""
-        return cast(PreTrainedModel, self.hf.base_model)
+        base = self.hf.base_model
+        if base is self.hf:  # Llama 4 names another prefix than its transformer has
+            below = [child for child in self.hf.children() if isinstance(child, PreTrainedModel)]
+            base = below[0] if len(below) == 1 else base
+        return cast(PreTrainedModel, base)
 
     @property
     def _compiled(self) -> Any:
@@ -152,8 +210,12 @@ class TreeModel(nn.Module):
             read: which states: those that predict a scored token, shape (S, H), or those at the end of each sequence,
                 shape (Q, H).
         """
-        if not self.packs:
+        switched = self.switch is not None and bool((batch.positions_RN >= self.switch).any())
+        if not self.packs or switched:
             batch = unpack(batch)
+            if switched or not self.pads:
+                switch = self.switch if self.pads else None
+                return read_states_by_length(self.backbone, batch, getattr(batch, read), switch), batch
             return read_states_unpacked(self.backbone, batch, getattr(batch, read)), batch
         if self.by_tree and batch.tokens_RN.device.type == "cpu":
             return read_states_by_tree(self.backbone, batch, getattr(batch, read), self.thrifty), batch
@@ -167,6 +229,34 @@ def _takes_trees(backbone: PreTrainedModel, by_tree: bool = False, thrifty: bool
     config = backbone.config.get_text_config()
     if getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None):
         return False  # GPT-Neo, Llama 4: local attention by distance in the row, which a short probe cannot see
+    if not set(getattr(config, "layer_types", None) or ()) <= MASKED_LAYERS:
+        return False  # compressed or chunked attention, likewise
+    modeling = sys.modules[type(backbone).__module__]
+    if getattr(config, "sliding_window", None) and not hasattr(modeling, "create_sliding_window_causal_mask"):
+        return False  # Moshi: a window in its configuration that only some of its attention kernels follow
+
+    def read(backbone: PreTrainedModel, batch: PackedBatch, read_S: Tensor) -> Tensor:
+        return (read_states_by_tree if by_tree else read_states)(backbone, batch, read_S, thrifty)
+
+    return _same_as_alone(backbone, read, packed=True)
+
+
+@torch.no_grad()
+def _same_as_alone(
+    backbone: PreTrainedModel, read: Callable[[PreTrainedModel, PackedBatch, Tensor], Tensor], packed: bool = False
+) -> bool:
+    """Whether a way to read states gives those of each sequence of a small batch alone, without padding.
+
+    Args:
+        backbone: the transformer below the head.
+        read: takes the backbone, a batch and which tokens to read.
+        packed: whether it is given trees, or one sequence a row.
+
+    Raises:
+        ValueError: the states are not finite, however they are computed.
+    """
+    if backbone.device.type == "meta":
+        return True
     vocabulary = backbone.config.get_text_config().vocab_size
     segments = [
         Segment([(7 * i + 3 * k + 1) % vocabulary for i in range(n)], [False] * n) for k, n in enumerate((3, 2, 4))
@@ -177,12 +267,18 @@ def _takes_trees(backbone: PreTrainedModel, by_tree: bool = False, thrifty: bool
     backbone.eval()
     try:
         alone = unpack(batch)
-        expected = read_states_unpacked(backbone, alone, alone.last_Q)
+        lengths = (alone.tree_RN >= 0).sum(1).tolist()
+        states = [
+            backbone(input_ids=tokens_N[None, :length], use_cache=False).last_hidden_state[0, -1]
+            for tokens_N, length in zip(alone.tokens_RN, lengths, strict=True)
+        ]
+        expected = torch.stack(states)
         if not expected.isfinite().all():
             raise ValueError(f"{backbone.config.name_or_path}: some weights are not finite, and so is no output")
+        batch = batch if packed else alone
         try:
-            got = (read_states_by_tree if by_tree else read_states)(backbone, batch, batch.last_Q, thrifty)
-        except (ValueError, RuntimeError, TypeError, IndexError, AttributeError):
+            got = read(backbone, batch, batch.last_Q)
+        except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError):
             return False
     finally:
         backbone.train(training)

@@ -117,7 +117,7 @@ class _Step:
         self.column_1 = torch.tensor([filled], device=running_B.device)
         self.count_1 = torch.zeros_like(self.column_1)
         self.cache = static_cache(policy.hf.config, states, filled + room)
-        self.cache_argument = cache_argument(policy.hf.base_model)
+        self.cache_argument = cache_argument(policy.backbone)
 
     def take(self, token_B: Tensor, logp_B: Tensor) -> None:
         """Tokens that were drawn."""
@@ -132,7 +132,7 @@ class _Step:
         """Keep them, and compute the logits of the next."""
         self.record()
         self.mask_BL.index_fill_(1, self.column_1, True)
-        output = self.policy.hf.base_model(
+        output = self.policy.backbone(
             input_ids=self.token_B[:, None],
             attention_mask=self.mask_BL[:, None, None],
             position_ids=self.position_B[:, None],

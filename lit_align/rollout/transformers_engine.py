@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from lit_align.models.language import LanguageModel
-from lit_align.rollout.decoding import Decoding
+from lit_align.rollout.decoding import Decoding, RecomputedDecoding, decoding_of
 from lit_align.rollout.engine import Sampling
 from lit_align.rollout.static_decoding import StaticDecoding, decodes_statically
 from lit_align.types import Completion
@@ -40,14 +41,28 @@ class TransformersEngine:
         policy.eval()
         try:
             by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-            for start in range(0, len(by_length), sampling.batch_size):
-                chosen = by_length[start : start + sampling.batch_size]
-                decoding = self._decoding(policy)(policy, [prompts[i] for i in chosen], sampling, stop_ids, generator)
+            kind = (
+                self._decoding(policy, len(prompts[by_length[-1]]) + sampling.max_new_tokens) if prompts else Decoding
+            )
+            for chosen in _batches(by_length, prompts, sampling.batch_size, kind.pads):
+                decoding = kind(policy, [prompts[i] for i in chosen], sampling, stop_ids, generator)
                 for i, completions in zip(chosen, decoding.run(), strict=True):
                     answers[i] = completions
         finally:
             policy.train(training)
         return answers
 
-    def _decoding(self, policy: LanguageModel) -> type[Decoding]:
-        return StaticDecoding if self.static and decodes_statically(policy) else Decoding
+    def _decoding(self, policy: LanguageModel, longest: int) -> type[Decoding]:
+        if policy.switch is not None and longest > policy.switch:
+            # The keys in a cache were turned by the frequencies of shorter sequences.
+            return RecomputedDecoding
+        kind = decoding_of(policy)
+        return StaticDecoding if kind is Decoding and self.static and decodes_statically(policy) else kind
+
+
+def _batches(by_length: list[int], prompts: Sequence[Tensor], size: int, pads: bool) -> Iterator[list[int]]:
+    """Indices of prompts that are decoded together: neighbours in length, or of one length where none are padded."""
+    groups = [by_length] if pads else [list(same) for _, same in groupby(by_length, key=lambda i: len(prompts[i]))]
+    for group in groups:
+        for start in range(0, len(group), size):
+            yield group[start : start + size]

@@ -62,7 +62,7 @@ def test_every_option_survives_both_exports(architecture: str, option: str, tmp_
         model = load(Network(folder, dtype="float64", lora=options(architecture, option)))
         disturb(model)
         assert check_export(model, parent=tmp_path) < 1e-5
-        assert check_export(model, adapter=True, parent=tmp_path) == 0.0
+        assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
 
 
 # Kills: what is trained whole left on in the reference; an adapter that starts from an update.
@@ -146,7 +146,7 @@ def test_tied_weights_that_are_trained_whole_stay_tied(architecture: str, tmp_pa
         gradient = torch.autograd.grad(LanguageModel(model).hf(IDS).logits.sum(), inputs.weight)[0]
         assert (gradient[200] != 0).any()  # of the head: the id is not among the inputs
         assert check_export(model, parent=tmp_path) < 1e-5
-        assert check_export(model, adapter=True, parent=tmp_path) == 0.0
+        assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
 
 
 def test_roles_on_a_policy_with_modules_that_are_trained_whole(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_policy_with_adapters_is_what_it_exports(name: str, what: str, tmp_pat
     disturb(model)
     # Norms round to fp32, so that the last digits of a merged product show.
     assert check_export(model, parent=tmp_path) < 1e-5
-    assert check_export(model, adapter=True, parent=tmp_path) == 0.0
+    assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
     with pytest.raises(ValueError, match="is not the model of the run: outputs differ by"):
         check_reload(plain, export(model, None, tmp_path / "out"))
 
@@ -96,7 +96,7 @@ def test_a_reward_model_with_adapters_is_what_it_exports(name: str, what: str, t
     model = load_scorer(Network(folder, dtype="float64", lora=Lora(r=4, targets=targets_of(folder, what))))
     disturb(model)
     assert check_export(model, parent=tmp_path) < 1e-5
-    assert check_export(model, adapter=True, parent=tmp_path) == 0.0
+    assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["tied llama", "gemma3_text", "mixtral"])
@@ -105,7 +105,7 @@ def test_a_model_trained_whole_is_what_it_exports(name: str, tmp_path: Path) -> 
     for load in (load_causal_lm, load_scorer):
         model = load(Network(folder, dtype="float64"))
         disturb(model)
-        assert check_export(model, parent=tmp_path) == 0.0
+        assert check_export(model, parent=tmp_path) < 1e-5
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -140,7 +140,7 @@ def test_experts_are_adapted_by_name_and_left_out_with_a_word(tmp_path: Path) ->
         trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         assert any("experts" in name for name in trained)
         assert any("q_proj" in name for name in trained) is ("q_proj" in targets)
-        assert check_export(model, adapter=True, parent=tmp_path) == 0.0
+        assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
     with pytest.raises(ValueError, match=r"lora.dropout: 0.1 does not reach experts.down_proj: set it to 0"):
         load_causal_lm(Network(folder, lora=Lora(targets=["experts"], dropout=0.1)))
 
@@ -176,7 +176,7 @@ def test_a_role_on_the_policys_backbone_scores_as_its_folder(name: str, what: st
     shared = ScalarAdapter(policy, Network(str(out), shared=True), "value", trained=True)
     disturb(policy)
     assert check_export(policy.hf, parent=tmp_path) < 1e-4
-    assert check_export(policy.hf, adapter=True, parent=tmp_path) == 0.0
+    assert check_export(policy.hf, adapter=True, parent=tmp_path) < 1e-5
     assert [n for n, p in policy.hf.named_parameters() if ".value" in n and p.requires_grad]
     assert shared.trained
 

@@ -19,11 +19,12 @@ def norms(name: str) -> tuple[Any, type]:
     return model, kinds.pop()
 
 
-def plain(kind: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The class without what other tests have put there."""
-    theirs = getattr(kind.forward, "theirs", kind.forward)
-    monkeypatch.setattr(kind, "forward", theirs)
-    return theirs
+def layer_of(model: Any, kind: type) -> Any:
+    return next(module for module in model.modules() if isinstance(module, kind))
+
+
+def has_kernel(layer: Any) -> bool:
+    return "forward" in vars(layer)
 
 
 def states(*shape: int) -> tuple[Tensor, Tensor]:
@@ -49,12 +50,12 @@ def test_one_of_both_may_be_frozen(frozen: int) -> None:
 
 # Kills: eps outside the root, or the layer's own eps not read.
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
-def test_values_are_those_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_those_of_transformers(name: str) -> None:
     model, kind = norms(name)
-    theirs = plain(kind, monkeypatch)
+    theirs = kind.forward  # type: ignore[attr-defined]
     normalize_in_few_passes(model)
-    assert kind.forward is not theirs  # type: ignore[attr-defined]
-    layer = next(module for module in model.modules() if isinstance(module, kind))
+    layer = layer_of(model, kind)
+    assert has_kernel(layer)
     for attribute in ("variance_epsilon", "eps"):
         if hasattr(layer, attribute):
             setattr(layer, attribute, 0.5)
@@ -73,23 +74,55 @@ def test_a_layer_that_adds_eps_elsewhere_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
 
-    theirs = OtherRMSNorm.forward
-    normalize_in_few_passes(torch.nn.Sequential(OtherRMSNorm()))  # type: ignore[arg-type]
-    assert OtherRMSNorm.forward is theirs
+    layer = OtherRMSNorm()
+    normalize_in_few_passes(torch.nn.Sequential(layer))
+    assert not has_kernel(layer)
 
 
 # Kills: a layer that adds 1 to its weights, taken for one that does not.
-def test_others_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_are_left_alone() -> None:
     model, kind = norms("gemma2")
-    theirs = plain(kind, monkeypatch)
     normalize_in_few_passes(model)
-    assert kind.forward is theirs  # type: ignore[attr-defined]
+    assert not has_kernel(layer_of(model, kind))
 
 
-# Kills: a forward inside a forward with every model that is loaded; a probe where models are made, and as they are.
-def test_it_is_put_there_once_wherever_models_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+# Kills: a class patched for every model; one instance that stands for all of its class (Gemma 4, Liger 390).
+def test_each_instance_is_looked_at_and_no_class_is_changed() -> None:
+    class SomeRMSNorm(torch.nn.Module):
+        def __init__(self, weighted: bool) -> None:
+            super().__init__()
+            self.eps = 1e-6
+            if weighted:
+                self.weight = torch.nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            normed = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+            return normed * self.weight if hasattr(self, "weight") else normed
+
+    theirs = SomeRMSNorm.forward
+    layers = torch.nn.Sequential(SomeRMSNorm(True), SomeRMSNorm(False))
+    x = torch.randn(2, 8)
+    expected = layers(x)
+    normalize_in_few_passes(layers)
+    assert SomeRMSNorm.forward is theirs
+    assert [has_kernel(layer) for layer in layers] == [True, False]
+    torch.testing.assert_close(layers(x), expected, rtol=1e-6, atol=1e-6)
+
+
+# Kills: a copy (a reference, say) that computes with the weights of its original.
+def test_a_copy_computes_with_its_own_weights() -> None:
     model, kind = norms("llama")
-    theirs = plain(kind, monkeypatch)
+    normalize_in_few_passes(model)
+    twin = layer_of(copy.deepcopy(model), kind)
+    assert has_kernel(twin)
+    twin.weight.data = torch.full_like(twin.weight, 3.0)
+    x = torch.randn(2, len(twin.weight))
+    torch.testing.assert_close(twin(x), kind.forward(twin, x), rtol=1e-6, atol=1e-6)  # type: ignore[attr-defined]
+
+
+# Kills: a forward inside a forward; a probe where models are made, and as they are.
+def test_it_is_put_there_once_wherever_models_are_made() -> None:
+    model, kind = norms("llama")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -97,18 +130,19 @@ def test_it_is_put_there_once_wherever_models_are_made(monkeypatch: pytest.Monke
             normalize_in_few_passes(model.to("meta"))
     finally:
         torch.set_default_dtype(before)
-    ours = kind.forward  # type: ignore[attr-defined]
-    assert ours is not theirs
+    layer = layer_of(model, kind)
+    ours = layer.forward
+    assert has_kernel(layer)
     normalize_in_few_passes(model)
-    assert kind.forward is ours  # type: ignore[attr-defined]
+    assert layer.forward is ours
 
 
 # Kills: a product of bf16 in the gradient; bf16 states and fp32 weights, normalised as bf16.
-def test_other_precisions_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_precisions_are_left_to_transformers() -> None:
     model, kind = norms("llama")
-    theirs = plain(kind, monkeypatch)
+    theirs = kind.forward  # type: ignore[attr-defined]
     normalize_in_few_passes(model)
-    layer = next(module for module in model.modules() if isinstance(module, kind))
+    layer = layer_of(model, kind)
     x = torch.randn(2, 3, len(layer.weight))
     torch.testing.assert_close(layer(x.bfloat16()), theirs(layer, x.bfloat16()), rtol=0, atol=0)
     mixed = copy.deepcopy(layer).bfloat16()
