@@ -128,7 +128,7 @@ def check_yaml(text: str, where: object = "YAML") -> None:
     known: dict[str, _Node | None] = {}  # anchors; None while the node is open
     open_nodes = [_Node(None)]
     for event in yaml.parse(text, Loader=_LOADER):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         anchor = getattr(event, "anchor", None)
         if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             open_nodes.append(_Node(anchor, values=1))
