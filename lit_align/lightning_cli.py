@@ -43,7 +43,8 @@ from lit_align.config_files import config_files
 from lit_align.config_lists import replace_lists
 from lit_align.data.files import expand
 from lit_align.display import printable, say
-from lit_align.doctor import checksums, examine
+from lit_align.doctor import Finding, checksums, examine
+from lit_align.doctor_stages import examine_stages, is_pipeline
 from lit_align.ending import ending
 from lit_align.key_help import asked, key_help
 from lit_align.model_folder import find_model, holds_model
@@ -118,8 +119,8 @@ class AlignCLI(LightningCLI):
         config.out = str(out)
         if (pattern := config.checkpoint.filename) and (".." in Path(pattern).parts or Path(pattern).is_absolute()):
             raise ConfigError(f"checkpoint.filename: {pattern!r} leads out of the run's folder: give a name in it")
-        if self.subcommand == "fit":
-            end_of_training(config.trainer)
+        if self.subcommand == "fit" and end_of_training(config.trainer):
+            say("neither trainer.max_epochs nor trainer.max_steps is set: the run takes 1 epoch")
         config.checkpoint.dirpath = str(out / "checkpoints")
         config.trainer.default_root_dir = str(out)
 
@@ -186,8 +187,14 @@ class AlignCLI(LightningCLI):
 class DoctorCLI(AlignCLI):
     """Instantiates what `fit` would, writes nothing, and examines it."""
 
+    reload: bool | None = None
+    unset: tuple[Finding, ...] = ()
+
     def before_instantiate_classes(self) -> None:
-        """No folder."""
+        """No folder; the same end of training as `fit`."""
+        if end_of_training(self.config[self.subcommand].trainer):
+            says = "neither trainer.max_epochs nor trainer.max_steps is set: fit takes 1 epoch"
+            self.unset = (Finding("look", "epochs", f"{says}; set one"),)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A Trainer without the run's loggers and callbacks."""
@@ -196,10 +203,16 @@ class DoctorCLI(AlignCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         folders = checksums(_named(self.config[subcommand]))
-        findings = [*folders, *examine(self.trainer, self.model, self.datamodule)]
+        findings = [*folders, *self.unset, *examine(self.trainer, self.model, self.datamodule, self.reload)]
         say("\n".join(printable(finding) for finding in findings))
         if wrong := sum(finding.level == "wrong" for finding in findings):
             raise ConfigError(f"{wrong} of {len(findings)} findings would spoil the run: see above")
+
+
+class _ReloadingCLI(DoctorCLI):
+    """With `--reload`: models of any size are compared with their export."""
+
+    reload = True
 
 
 class PartsCLI(DoctorCLI):
@@ -228,15 +241,19 @@ def _warn_of_secrets(config: Any) -> None:
     secret.warn_of(config.as_dict())
 
 
-def end_of_training(trainer: Any) -> None:
+def end_of_training(trainer: Any) -> bool:
     """One epoch where a configuration sets no end: Lightning would take 1,000, which overfits any set of rows.
 
     Args:
         trainer: its `trainer` part; `max_epochs` is set in it.
+
+    Returns:
+        Whether no end was set.
     """
-    if trainer.max_epochs is None and trainer.max_steps in (None, -1) and trainer.max_time is None:
+    unset = trainer.max_epochs is None and trainer.max_steps in (None, -1) and trainer.max_time is None
+    if unset:
         trainer.max_epochs = 1
-        print("neither trainer.max_epochs nor trainer.max_steps is set: the run takes 1 epoch")
+    return unset
 
 
 def _list(value: Any) -> list[Any]:
@@ -276,7 +293,10 @@ def run_lightning(args: list[str]) -> AlignCLI | None:
     """Run a command of LightningCLI's, or `doctor`, in this process.
 
     Args:
-        args: the command line without the program's name.
+        args: the command line without the program's name. `doctor` takes a pipeline's file as well, and `--reload`.
+
+    Returns:
+        The command's object; None of a pipeline's stages.
 
     Raises:
         ConfigError: a configuration that cannot be used.
@@ -287,7 +307,12 @@ def run_lightning(args: list[str]) -> AlignCLI | None:
         return None
     cli: type[AlignCLI] = AlignCLI
     if args[0] == "doctor":
-        cli, args = DoctorCLI, ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
+        if args[1:] and is_pipeline(args[1]):
+            examine_stages(args[1], lambda file: run_lightning(["doctor", str(file), *args[2:]]))
+            return None
+        cli = _ReloadingCLI if "--reload" in args else DoctorCLI
+        args = [word for word in args if word != "--reload"]
+        args = ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
     with claim.released(), quiet_start(), own_wandb_run(), importable(config_files(args)):
         return _lightning(args, cli)
 

@@ -176,12 +176,12 @@ class Pipeline:
             parents.add(inside[0])
         return value
 
-    def _moved(self, value: Any) -> Any:
+    def moved(self, value: Any) -> Any:
         """Paths under the root, under the output folder."""
         if isinstance(value, dict):
-            return {key: self._moved(item) for key, item in value.items()}
+            return {key: self.moved(item) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._moved(item) for item in value]
+            return [self.moved(item) for item in value]
         if isinstance(value, str) and value.startswith(f"{self.root}/"):
             return str(self.out / value[len(self.root) + 1 :])
         return value
@@ -284,7 +284,7 @@ class Pipeline:
         started = time.monotonic()
         secret.warn_of(stage.config, f"{stage.name}.")
         try:
-            with secret.without(folder / "stage.yaml", self._moved(stage.config)) as file:
+            with secret.without(folder / "stage.yaml", self.moved(stage.config)) as file:
                 figures = self._ran(stage, folder, file, command, step, allow)
         finally:
             # The time of an interrupted attempt counts.

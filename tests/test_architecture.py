@@ -44,6 +44,7 @@ BELOW = {
     "run_folder": {"config_error"},
     "sweep": {"disk", "callbacks", "config_files", "pipeline", "stage_files"},
     "stage_files": {"models"},
+    "doctor_stages": {"config_error", "pipeline"},
     "exporting": {"callbacks", "config_error", "lightning_cli", "models", "modules"},
     "commands": {
         "callbacks",
@@ -60,7 +61,7 @@ BELOW = {
         "cli",
     },
     "lightning_cli": {
-        *("data", "models", "modules", "rewards", "callbacks", "doctor"),
+        *("data", "models", "modules", "rewards", "callbacks", "doctor", "doctor_stages"),
         *("config_error", "config_files", "config_lists", "named_code", "own_modules", "parser", "run_folder"),
         *("ending", "key_help", "model_folder", "quiet"),
     },

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
@@ -14,6 +14,10 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from lit_align.data.base import TextDataModule
 from lit_align.data.prompt import PromptDataModule
 from lit_align.data.watched import unused
+from lit_align.doctor.exported import reloaded
+from lit_align.doctor.finding import Finding
+from lit_align.doctor.settings import settings
+from lit_align.doctor.template import template
 from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.models.seal import broken_seal, read_seal
 from lit_align.modules.base import AlignModule
@@ -27,30 +31,16 @@ from lit_align.types import Completion, Example, PreferenceBatch, Rollout
 SAMPLE = 512
 
 
-class Finding(NamedTuple):
-    """What a check found.
-
-    Attributes:
-        level: ok; look, which may be meant; or wrong, which spoils the run.
-        check: its name.
-        says: what was found, in numbers, and the way out where one is needed.
-    """
-
-    level: Literal["ok", "look", "wrong"]
-    check: str
-    says: str
-
-    def __str__(self) -> str:
-        return f"{self.level:5}  {self.check:11}  {self.says}"
-
-
-def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule) -> list[Finding]:
+def examine(
+    trainer: Trainer, module: LightningModule, data: LightningDataModule, reload: bool | None = None
+) -> list[Finding]:
     """Run every check that applies.
 
     Args:
         trainer: for its device and its precision; nothing is trained.
         module: one of the four methods, or a user's own `AlignModule`.
         data: one of the three data modules, or a user's own `TextDataModule`.
+        reload: compare the model with its own export; null for models that are small (`exported.LARGE`).
 
     Raises:
         ValueError: module or data are of another kind.
@@ -65,20 +55,32 @@ def examine(trainer: Trainer, module: LightningModule, data: LightningDataModule
     findings = [*rows(data), *columns(data), *held_out(data)]
     examples = [item.example for item in data.training_items(SAMPLE)]
     if not isinstance(data, PromptDataModule):
-        findings += answers(data, examples)
+        findings += [*answers(data, examples), *template(data, examples)]
     findings += beginnings(data, examples)
     module.configure_model()
     module.to(trainer.strategy.root_device)
-    findings += memory(module)
+    findings += [*settings(trainer, module, data), *memory(module)]
     findings += fits(module, data)
     if findings[-1].check == "fit" and findings[-1].level == "wrong":
         return findings  # no forward of it would end well
-    with trainer.precision_plugin.forward_context():
-        if isinstance(module, PPOModule):
-            return [*findings, *rollout(module, data)]
-        if isinstance(module, DPOModule):
-            findings += reference(module, data)
-        return [*findings, *longest(module, data)]
+    return [*findings, *reloaded(module, reload), *forwards(trainer, module, data)]
+
+
+def forwards(trainer: Trainer, module: AlignModule, data: TextDataModule) -> list[Finding]:
+    """The checks that compute; what torch refuses is a finding as well."""
+    findings: list[Finding] = []
+    try:
+        with trainer.precision_plugin.forward_context():
+            if isinstance(module, PPOModule):
+                findings += rollout(module, data)
+                return findings
+            if isinstance(module, DPOModule):
+                findings += reference(module, data)
+            findings += longest(module, data)
+    except (RuntimeError, IndexError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        findings.append(Finding("wrong", "forward", f"fails with {type(error).__name__}: {reason}"))
+    return findings
 
 
 def checksums(folders: Iterable[str]) -> Iterator[Finding]:
@@ -101,7 +103,9 @@ def rows(data: TextDataModule) -> Iterator[Finding]:
             yield Finding(level, "rows", f"{name}: {skipped:,} rows are skipped ({share:.0%}); the first one is above")
         cut = counts.get("truncated", 0)
         says = f"{name}: {cut:,} of {examples:,} examples are cut to {data.max_length:,} tokens ({cut / examples:.0%})"
-        if cut / examples > 0.05:
+        if cut / examples > 0.5:
+            yield Finding("wrong", "truncation", f"{says}: raise data.max_length, or leave long rows out")
+        elif cut / examples > 0.05:
             yield Finding("look", "truncation", f"{says}: raise data.max_length")
         else:
             yield Finding("ok", "truncation", says)
