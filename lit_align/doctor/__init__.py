@@ -103,7 +103,7 @@ def rows(data: TextDataModule) -> Iterator[Finding]:
             yield Finding(level, "rows", f"{name}: {skipped:,} rows are skipped ({share:.0%}); the first one is above")
         cut = counts.get("truncated", 0)
         says = f"{name}: {cut:,} of {examples:,} examples are cut to {data.max_length:,} tokens ({cut / examples:.0%})"
-        if cut / examples > 0.5:
+        if cut / examples > 0.75:
             yield Finding("wrong", "truncation", f"{says}: raise data.max_length, or leave long rows out")
         elif cut / examples > 0.05:
             yield Finding("look", "truncation", f"{says}: raise data.max_length")
