@@ -131,11 +131,20 @@ def _asked(prompt: str) -> str:
 
 
 def report(args: list[str]) -> Path:
-    """Write report.html for the folder of a pipeline's run, or of a sweep's."""
+    """Write report.html for the folder of a run, a pipeline or a sweep; of several, one page that compares them."""
     parser = _Parser(prog="lit-align report", description=report.__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="folder of a run")
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a run, a pipeline or a sweep")
+    parser.add_argument(
+        "--out", type=Path, help="page to write; without it report.html in RUN, or comparison.html here for several"
+    )
     told = parser.parse_args(args)
-    return _report(told.folder)
+    if len(told.folders) == 1 and told.out is None:
+        return _report(told.folders[0])
+    from lit_align.report import write_comparison  # matplotlib takes a second to import
+
+    page = write_comparison(told.folders, told.out or Path("comparison.html"))
+    say(f"page in {page}")
+    return page
 
 
 def _pipeline_options(parser: argparse.ArgumentParser) -> None:

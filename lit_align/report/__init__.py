@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lit_align.disk import write_whole
 from lit_align.display import printable
 from lit_align.owned import check_report
 from lit_align.report import figures
+from lit_align.report.compare import comparison
 from lit_align.report.read import RunData, read_run
 
 # Measures of a policy: key, title, format, note, and whether more is better (None: neither).
@@ -42,6 +44,16 @@ SHARES = {
 }
 
 
+def write_comparison(folders: Sequence[Path], path: Path) -> Path:
+    """Write a page of several runs, of pipelines or not.
+
+    Raises:
+        ValueError: a folder holds no run; names it.
+        FileExistsError: a page of that name is not a report.
+    """
+    return _write(path, comparison([read_run(folder) for folder in folders]))
+
+
 def write_report(folder: Path) -> Path:
     """Write `report.html` into a run's folder; nothing on the page is fetched from elsewhere.
 
@@ -49,7 +61,10 @@ def write_report(folder: Path) -> Path:
         FileExistsError: a page of that name is not a report.
         OSError: it cannot be written, the disk being full for one; the earlier one is left as it was.
     """
-    run = read_run(folder)
+    return _write(folder / "report.html", content(read_run(folder)))
+
+
+def _write(path: Path, shown: dict[str, Any]) -> Path:
     environment = Environment(
         loader=PackageLoader("lit_align.report", "."),
         autoescape=select_autoescape(),
@@ -57,8 +72,7 @@ def write_report(folder: Path) -> Path:
         lstrip_blocks=True,
         finalize=lambda value: printable(value, lines=True) if type(value) is str else value,
     )
-    page = environment.get_template("page.html").render(**content(run))
-    path = folder / "report.html"
+    page = environment.get_template("page.html").render(**shown)
     check_report(path)
     write_whole(path, page)
     return path
@@ -80,7 +94,22 @@ def content(run: RunData) -> dict[str, Any]:
         "sample_policies": sample_policies,
         "score": "gold reward" if run.samples and "gold" in run.samples[0] else "reward",
         "provenance": _provenance(run.manifest),
+        "notes": [f"This run {run.note}." if run.curves or run.config else f"{run.note}."] if run.note else [],
+        "tables": [],
+        "answers": _said(run),
     }
+
+
+def _said(run: RunData) -> dict[str, Any] | None:
+    """What the model said to the prompts of a `CompletionsTable`, after the first and the last validation."""
+    steps = sorted({int(line.get("step", 0)) for line in run.said})
+    steps = steps if len(steps) < 3 else [steps[0], steps[-1]]
+    answers = {(line.get("prompt"), line.get("step")): line for line in run.said}
+    rows = [
+        [str(prompt), *(_cell(answers.get((prompt, step)))["text"] for step in steps)]
+        for prompt in dict.fromkeys(line.get("prompt") for line in run.said)
+    ]
+    return {"heads": ["prompt", *(f"step {step}" for step in steps)], "rows": rows} if rows else None
 
 
 def _names(summary: dict[str, float]) -> list[str]:

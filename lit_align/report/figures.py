@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lit_align.display import printable
 from lit_align.report.read import Curve, RunData
@@ -38,19 +39,32 @@ STYLE: Any = {
     "svg.hashsalt": "lit_align",
 }
 
+# Colours of runs over each other (Wong 2011 again), and lines that are told apart in black and white.
+RUNS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+
 # What to show of a stage's curves, in this order: metric, title.
 PANELS = [
     ("train/loss", "training loss (nats)"),
     ("val/loss", "held-out loss (nats)"),
     ("val/accuracy", "held-out accuracy on pairs"),
     ("train/accuracy", "training accuracy on pairs"),
+    ("val/token_accuracy", "held-out accuracy of tokens"),
+    ("train/token_accuracy", "training accuracy of tokens"),
+    ("train/margin", "training margin"),
+    ("train/chosen_logp", "log-prob. of chosen answers (nats)"),
+    ("train/rejected_logp", "log-prob. of rejected answers (nats)"),
     ("ppo/reward", "reward of rollouts"),
     ("ppo/kl", "KL from the reference (nats)"),
     ("ppo/length", "length of answers (tokens)"),
     ("ppo/entropy", "entropy (nats per token)"),
     ("ppo/clip_fraction", "share of clipped tokens"),
+    ("ppo/cut", "share of answers that are cut"),
+    ("ppo/groups_without_variance", "share of groups without variance"),
     ("ppo/explained_variance", "explained variance of the value"),
     ("val/gold", "gold reward, held out"),
+    ("train/grad_norm", "norm of the gradient"),
+    ("train/learning_rate", "learning rate"),
 ]
 
 
@@ -71,7 +85,7 @@ def _svg(figure: Figure) -> str:
 
 def curves(stage: str, metrics: dict[str, Curve]) -> str | None:
     """Small multiples of a stage's metrics; None if it has none of those known here."""
-    shown = [(name, title) for name, title in PANELS if name in metrics and len(metrics[name][0]) > 1]
+    shown = [(name, title) for name, title in PANELS if name in metrics and metrics[name][0]]
     if not shown:
         return None
     columns = min(len(shown), 4)
@@ -80,15 +94,60 @@ def curves(stage: str, metrics: dict[str, Curve]) -> str | None:
         for ax, (name, title) in zip(axes, shown, strict=False):
             steps, values = metrics[name]
             colour = COLOURS.get(stage, BLUE)
-            noisy = len(values) > 60
-            ax.plot(steps, values, color=colour, linewidth=0.8 if noisy else 1.6, alpha=0.3 if noisy else 1.0)
-            if noisy:
-                ax.plot(steps, _smooth(values), color=colour, linewidth=1.6)
+            _line(ax, steps, values, color=colour)
             ax.set_title(title)
             ax.set_xlabel("optimizer step" if not name.startswith(("ppo", "val")) else "step")
         for ax in axes[len(shown) :]:
             ax.remove()
         return _svg(figure)
+
+
+def _line(ax: Axes, steps: list[float], values: list[float], **style: Any) -> None:
+    """A curve: a point where there is one, and a mean over the noise where there are many."""
+    noisy = len(values) > 60
+    faint = {**style, "linewidth": 0.8, "alpha": 0.3, "label": None} if noisy else {"linewidth": 1.6, **style}
+    ax.plot(steps, values, **faint, **({"marker": "o", "markersize": 4} if len(values) == 1 else {}))
+    if noisy:
+        ax.plot(steps, _smooth(values), **{"linewidth": 1.6, **style})
+
+
+def overlaid(series: Sequence[tuple[str, dict[str, Curve]]], most: int = 24) -> str | None:
+    """Small multiples, one for a metric, with a line for each run; None if no metric is known.
+
+    Args:
+        series: name of each run, and its metrics.
+        most: metrics that are shown; those of `PANELS` come first.
+    """
+    titles = dict(PANELS)
+    every = dict.fromkeys(name for _, metrics in series for name in metrics)
+    chosen = [*(name for name in titles if name in every), *(name for name in every if name not in titles)][:most]
+    if not chosen:
+        return None
+    columns = min(len(chosen), 3)
+    rows = -(-len(chosen) // columns)
+    legend = 0.25 * -(-len(series) // 3) + 0.2
+    with _figure(3.6 * columns, 2.3 * rows + legend, columns, rows) as (figure, axes):
+        for ax, name in zip(axes, chosen, strict=False):
+            for number, (_, metrics) in enumerate(series):
+                if name in metrics:
+                    style = LINES[(number + number // len(RUNS)) % len(LINES)]
+                    _line(ax, *metrics[name], color=RUNS[number % len(RUNS)], linestyle=style)
+            ax.set_title(text(titles.get(name, name)))
+            ax.set_xlabel("step")
+        for ax in axes[len(chosen) :]:
+            ax.remove()
+        handles = [
+            Line2D([], [], color=RUNS[n % len(RUNS)], linestyle=LINES[(n + n // len(RUNS)) % len(LINES)], linewidth=1.8)
+            for n in range(len(series))
+        ]
+        names = [text(name) for name, _ in series]
+        figure.legend(handles, names, loc="outside upper left", ncols=min(len(series), 3), fontsize=9, handlelength=3.4)
+        return _svg(figure)
+
+
+def text(name: str) -> str:
+    """A name as matplotlib shows it: dollar signs begin no formula, control characters are escaped."""
+    return printable(name).replace("$", r"\$")
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:

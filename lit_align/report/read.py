@@ -24,6 +24,9 @@ class RunData:
         curves: for each stage that trained, its metrics over steps.
         samples: answers of each policy to the same prompts, with their scores.
         sweep: what its points differ in, and came to.
+        said: answers to the prompts of a `CompletionsTable`, with the step they were given at.
+        config: of a single run.
+        note: what is missing of a run that has not ended; empty of one that has.
     """
 
     folder: Path
@@ -32,6 +35,9 @@ class RunData:
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     sweep: dict[str, Any] = field(default_factory=dict)
+    said: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def read_run(folder: Path) -> RunData:
@@ -51,8 +57,11 @@ def read_run(folder: Path) -> RunData:
         if (stage / "metrics.csv").exists():
             run.curves[stage.name] = read_curves(stage / "metrics.csv")
         if (stage / "samples.jsonl").exists():
-            run.samples += [json.loads(line) for line in (stage / "samples.jsonl").read_text().splitlines()]
-    if not run.curves and not run.summary:
+            run.samples += _lines(stage / "samples.jsonl")
+    run.said = _lines(folder / "said.jsonl")
+    run.config = _yaml(folder / "config.yaml")
+    run.note = _unfinished(run)
+    if not run.curves and not run.summary and not run.note:
         raise ValueError(f"{folder} holds no run: expected summary.json, or metrics.csv in it or in its folders")
     return run
 
@@ -65,11 +74,56 @@ def read_curves(path: Path) -> dict[str, Curve]:
             if not (row.get("step") or "").isdigit():
                 continue
             for name, value in row.items():
-                if name not in ("step", "epoch") and value:
+                number = None if name in ("step", "epoch") or not value else _number(value)
+                if number is not None:
                     steps, values = curves.setdefault(name, ([], []))
                     steps.append(float(row["step"]))
-                    values.append(float(value))
+                    values.append(number)
     return curves
+
+
+def _number(value: Any) -> float | None:
+    """None of what is no number: half a line that a killed process left."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _unfinished(run: RunData) -> str:
+    """What is missing of a run, or of a pipeline's stages; empty where nothing is."""
+    begun = [stage.name for stage in run.folder.glob("*/") if (stage / "stage.json").exists()]
+    open_stages = [name for name in begun if not (run.folder / name / "done.json").exists()]
+    if open_stages:
+        return f"stage {', '.join(sorted(open_stages))} has not ended: it is still going, or has failed"
+    if (run.folder / "model").exists() or run.summary:
+        return ""
+    trained = [steps[-1] for metrics in run.curves.values() for name, (steps, _) in metrics.items() if _trains(name)]
+    if trained and (run.folder / "config.yaml").exists():
+        return f"has not ended: it is still going, or has failed; {max(trained) + 1:,.0f} steps are logged"
+    if run.config and not run.curves:
+        return "has logged no step yet: it is still at its start, or has failed there"
+    return ""
+
+
+def _trains(name: str) -> bool:
+    return name.startswith(("train/", "ppo/"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of jsonl, without half a line at the end."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    content = limits.load_yaml(limits.read_text(path), path) if path.exists() else None
+    return content if isinstance(content, dict) else {}
 
 
 def _json(path: Path) -> dict[str, Any]:
