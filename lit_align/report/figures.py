@@ -41,7 +41,7 @@ STYLE: Any = {
 
 # Colours of runs over each other (Wong 2011 again), and lines that are told apart in black and white.
 RUNS = (BLUE, ORANGE, GREEN, PURPLE, "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", "-.", ":")
+LINES: Any = ("-", "--", "-.", ":")
 
 # What to show of a stage's curves, in this order: metric, title.
 PANELS = [
@@ -52,8 +52,8 @@ PANELS = [
     ("val/token_accuracy", "held-out accuracy of tokens"),
     ("train/token_accuracy", "training accuracy of tokens"),
     ("train/margin", "training margin"),
-    ("train/chosen_logp", "log-prob. of chosen answers (nats)"),
-    ("train/rejected_logp", "log-prob. of rejected answers (nats)"),
+    ("train/chosen_logp", "log-prob. of chosen (nats)"),
+    ("train/rejected_logp", "log-prob. of rejected (nats)"),
     ("ppo/reward", "reward of rollouts"),
     ("ppo/kl", "KL from the reference (nats)"),
     ("ppo/length", "length of answers (tokens)"),
@@ -105,10 +105,14 @@ def curves(stage: str, metrics: dict[str, Curve]) -> str | None:
 def _line(ax: Axes, steps: list[float], values: list[float], **style: Any) -> None:
     """A curve: a point where there is one, and a mean over the noise where there are many."""
     noisy = len(values) > 60
-    faint = {**style, "linewidth": 0.8, "alpha": 0.3, "label": None} if noisy else {"linewidth": 1.6, **style}
-    ax.plot(steps, values, **faint, **({"marker": "o", "markersize": 4} if len(values) == 1 else {}))
+    faint: dict[str, Any] = (
+        {**style, "linewidth": 0.8, "alpha": 0.3, "label": None} if noisy else {"linewidth": 1.6, **style}
+    )
+    point: dict[str, Any] = {"marker": "o", "markersize": 4} if len(values) == 1 else {}
+    ax.plot(steps, values, **faint, **point)
     if noisy:
-        ax.plot(steps, _smooth(values), **{"linewidth": 1.6, **style})
+        smooth: dict[str, Any] = {"linewidth": 1.6, **style}
+        ax.plot(steps, _smooth(values), **smooth)
 
 
 def overlaid(series: Sequence[tuple[str, dict[str, Curve]]], most: int = 24) -> str | None:
