@@ -19,7 +19,7 @@ def template(data: TextDataModule, examples: Sequence[Example]) -> Iterator[Find
     if sequences and not any(any(sequence.scored) for sequence in sequences):
         yield Finding("wrong", "template", "no token of any example is scored: see data.chat_template")
         return
-    if not isinstance(data, InstructionDataModule) or not data.tokenizer.chat_template:  # type: ignore[attr-defined]
+    if not isinstance(data, InstructionDataModule) or not data.tokenizer.chat_template:
         return
     plain = all(all(sequence.scored[1:]) for sequence in sequences)
     turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": ANSWERED}]

@@ -64,7 +64,7 @@ class AlignModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         # Frozen weights are not in checkpoints: see on_save_checkpoint.
         self.strict_loading = False
-        self._sums: dict[str, tuple[Any, int]] = {}
+        self._sums: dict[str, tuple[Any, Any]] = {}
         self.tokens_seen = TokensSeen()
         self._divided = False
         self._rng: dict[str, Any] | None = None

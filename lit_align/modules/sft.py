@@ -51,7 +51,7 @@ class SFTModule(PolicyModule):
 
     def _loss(self, batch: PackedBatch) -> Tensor:
         scored = self.policy(batch, hits=True)
-        accuracy = {} if scored.hits_S is None else {"token_accuracy": (scored.hits_S.sum(), batch.num_scored)}
+        accuracy: Any = {} if scored.hits_S is None else {"token_accuracy": (scored.hits_S.sum(), batch.num_scored)}
         return self.accumulate(*self.loss_function(scored.logps_S), **accuracy)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
