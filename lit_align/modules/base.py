@@ -166,7 +166,7 @@ class AlignModule(LightningModule):
             steps = min(steps, trainer.max_steps)
         if math.isinf(steps):
             raise ValueError(
-                "a schedule needs an end: set trainer.max_epochs, for a loader with a length, or trainer.max_steps"
+                "a schedule needs an end: set trainer.max_epochs or trainer.max_steps (epochs: a loader with a length)"
             )
         return int(steps)
 
