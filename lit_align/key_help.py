@@ -109,7 +109,8 @@ def _subclasses(base: type, ours: bool = True) -> list[type]:
     unseen: list[type] = [base]
     while unseen:
         cls = unseen.pop(0)
-        below: list[type] = [sub for sub in type.__subclasses__(cls) if not sub.__name__.startswith("_")]
+        subclasses: list[type] = type.__subclasses__(cls)
+        below = [sub for sub in subclasses if not sub.__name__.startswith("_")]
         unseen += below
         found |= dict.fromkeys(below)
     if not ours:

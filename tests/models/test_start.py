@@ -72,7 +72,7 @@ def test_an_adapter_goes_on_training(option: str, tied: bool, tmp_path: Path) ->
     assert names[0] == names[1]
     disturb(again)
     assert check_export(again, parent=tmp_path) < 1e-5
-    assert check_export(again, adapter=True, parent=tmp_path) == 0.0
+    assert check_export(again, adapter=True, parent=tmp_path) < 1e-5
 
 
 # Kills: the reference of a run that goes on with an adapter being the model before that adapter.
@@ -186,7 +186,7 @@ def test_new_tokens_get_rows_that_are_trained_and_exported(
     assert load_causal_lm(Network(str(out), new_tokens=TOKENS)).config.vocab_size == 265  # known by now
     if lora is not None:
         alone = export(model, tokenizer, tmp_path / "alone", adapter=True)
-        assert check_reload(model, alone) == 0.0
+        assert check_reload(model, alone) < 1e-5
         assert (logits(load_causal_lm(Network(str(alone), dtype="float64"))) - logits(model)).abs().max() < 1e-5
         on = load_causal_lm(Network(folder, dtype="float64", lora=Lora(adapter=str(alone))))
         assert torch.equal(logits(on), logits(model))
@@ -199,7 +199,7 @@ def test_new_tokens_in_rows_that_a_model_has_to_spare(tmp_path: Path) -> None:
     weight: Any = model.get_input_embeddings().weight  # type: ignore[union-attr]
     assert weight.shape[0] == 272
     assert check_export(model, parent=tmp_path) < 1e-4
-    assert check_export(model, adapter=True, parent=tmp_path) == 0.0
+    assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
 
 
 def test_a_reward_model_with_new_tokens(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_reward_model_with_new_tokens(tmp_path: Path) -> None:
     model = load_scorer(Network(folder, dtype="float64", lora=Lora(r=2), new_tokens=TOKENS))
     disturb(model)
     assert check_export(model, parent=tmp_path) < 1e-5
-    assert check_export(model, adapter=True, parent=tmp_path) == 0.0
+    assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
 
 
 def test_new_tokens_are_not_an_update_of_low_rank(tmp_path: Path) -> None:

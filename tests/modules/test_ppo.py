@@ -165,6 +165,7 @@ def test_a_stop_token_that_is_the_padding_token_is_scored(place: Path) -> None:
 def test_unfinished_answers_pay(place: Path) -> None:
     ppo = module(place, missing_eos_penalty=3.0, reward_clip=2.0)
     ppo.log_all = lambda *_, **__: None  # type: ignore[method-assign]
+    ppo.shape_of = lambda *_: {}  # type: ignore[method-assign]
     rollout = Rollout(
         [torch.tensor([1])] * 2,
         [{"prompt": ""}] * 2,
