@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification
 from lit_align.cli import AlignCLI, main
 from lit_align.commands import experiments
 from lit_align.modules import FSDP2Strategy, ZeROStrategy
+from lit_align.own_modules import importable
 from lit_align.pipeline import Pipeline, Stage, Step
 from lit_align.sweep import Sweep
 
@@ -107,10 +108,12 @@ def test_every_stage_can_be_made(
     if stage.kind == "call":
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--step", type=Step)
-        step = parser.instantiate(parser.parse_object({"step": stage.config})).step
+        with importable([file]):
+            step = parser.instantiate(parser.parse_object({"step": stage.config})).step
         assert callable(step.run)
         return
-    command = instantiated(file, stage, model, tmp_path / "out")
+    with importable([file]):
+        command = instantiated(file, stage, model, tmp_path / "out")
     assert isinstance(command.model, LightningModule)
     assert isinstance(command.datamodule, LightningDataModule)
     assert isinstance(command.trainer, Trainer)

@@ -149,7 +149,7 @@ def test_doctor_compares_checksums(
     content = config("sft", "start", tmp_path, tmp_path / "runs" / "sft", max_steps=1)
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(content))
     main(["fit", "-c", "sft.yaml"])
-    content = config("sft", "runs/sft/model", tmp_path, tmp_path / "runs" / "next", max_steps=1)
+    content = config("sft", "runs/sft/model", tmp_path, tmp_path / "runs" / "next", max_steps=4)
     content["data"]["init_args"] |= {"val": None, "val_fraction": 0.3}  # the rows of training are no validation
     (tmp_path / "next.yaml").write_text(yaml.safe_dump(content))
     main(["doctor", "next.yaml"])

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from lit_align.models.adapters import CONFIG
+from lit_align.models.adapters import CONFIG, WEIGHTS
 from lit_align.models.export import export
 from lit_align.models.load import _quiet, choose_experts
 from lit_align.models.lora import peft_warnings_off, without_dropout
@@ -70,6 +70,7 @@ def reloaded(model: PreTrainedModel, folder: Path) -> Any:
     auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     attention = model.config._attn_implementation
     options = {"dtype": model.dtype, "attn_implementation": "sdpa" if attention == NAME else attention}
+    options["use_safetensors"] = True
     with _quiet(), peft_warnings_off():
         if not (folder / CONFIG).exists():
             plain = auto.from_pretrained(folder, **options)
@@ -81,6 +82,8 @@ def reloaded(model: PreTrainedModel, folder: Path) -> Any:
         rows = model.config.get_text_config().vocab_size
         if rows != plain.config.get_text_config().vocab_size:
             plain.resize_token_embeddings(rows, mean_resizing=False)
+        if not (folder / WEIGHTS).exists():  # peft would look for a pickle
+            raise ValueError(f"{folder} has no {WEIGHTS}")
         return PeftModel.from_pretrained(plain, str(folder)).to(model.device)
 
 

@@ -82,9 +82,9 @@ def test_a_policy_with_adapters_is_what_it_exports(name: str, what: str, tmp_pat
     model = load_causal_lm(Network(folder, dtype="float64", lora=Lora(r=4, targets=targets_of(folder, what))))
     plain = load_causal_lm(Network(folder, dtype="float64"))
     disturb(model)
-    # Norms round to fp32, so that the last digits of a merged product show.
-    assert check_export(model, parent=tmp_path) < 1e-5
-    assert check_export(model, adapter=True, parent=tmp_path) < 1e-5
+    # Norms of transformers round to fp32, so that the last digits of a merged product show.
+    assert check_export(model, parent=tmp_path) < 3e-5
+    assert check_export(model, adapter=True, parent=tmp_path) < 3e-5
     with pytest.raises(ValueError, match="is not the model of the run: outputs differ by"):
         check_reload(plain, export(model, None, tmp_path / "out"))
 

@@ -94,10 +94,12 @@ def test_the_loss_of_each_source_of_a_share_held_out_and_of_tests(place: Path) -
     fitted.fit(module(place), data(place, val_fraction=0.5))
     assert {f"val/{name}" for name in both} < set(fitted.callback_metrics)
     (metrics,) = trainer().test(module(place), data(place, test=[Source(str(place / "text.txt"))]), verbose=False)
-    assert set(metrics) == {"test/loss", "test/perplexity"}, "of one source there is nothing more to say"
+    assert set(metrics) == {"test/loss", "test/perplexity", "test/token_accuracy"}, (
+        "of one source there is nothing more to say"
+    )
     two = [Source(str(place / "text.txt")), Source(str(place / "text.txt"))]
     (metrics,) = trainer().test(module(place), data(place, test=two), verbose=False)
-    assert set(metrics) == {"test/loss", "test/perplexity", "test/loss/text", "test/loss/text-2"}
+    assert set(metrics) == {"test/loss", "test/perplexity", "test/token_accuracy", "test/loss/text", "test/loss/text-2"}
     assert metrics["test/loss/text"] == pytest.approx(metrics["test/loss"], rel=1e-6)
 
 
