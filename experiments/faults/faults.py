@@ -19,6 +19,7 @@ import compare
 from attempt import LIMIT, Whole, child, file_operations, fit, left_alone, waited
 
 from lit_align.callbacks import AtomicCheckpointIO
+from lit_align.claim import LOCK
 
 SAVING = "between validations"
 WORKER = "without validation, a worker"
@@ -173,13 +174,13 @@ def damaged(place: Path, whole: Whole, how: str) -> Fault:
     others = [path for path in last.parent.glob("epoch*.ckpt") if path.resolve() != last]
     before = max(others, key=lambda path: path.stat().st_mtime)
     last.write_bytes(DAMAGE[how](last.read_bytes()))
-    files = sorted(str(path) for path in out.rglob("*"))
+    files = _files(out)
     log.write_text("")
     code = waited(child(fit(file, cache, "--ckpt_path", "last"), log))
     said, wrong = _said(log), []
     if str(before) not in said or "last.ckpt" not in said:
         wrong.append("the message does not name the checkpoint, or another one")
-    if sorted(str(path) for path in out.rglob("*")) != files:
+    if _files(out) != files:
         wrong.append("files came or went")
     last.unlink()
     (out / "checkpoints" / "last.ckpt").unlink()
@@ -189,6 +190,11 @@ def damaged(place: Path, whole: Whole, how: str) -> Fault:
         if "files:" not in line  # all were kept
     ]
     return _judged(f"last checkpoint {how}", said, wrong, place, code)
+
+
+def _files(out: Path) -> list[str]:
+    """All of a run's files but its claim, which the next process takes over from a killed one and removes at its end."""
+    return sorted(str(path) for path in out.rglob("*") if path.name != LOCK)
 
 
 def _children(pid: int) -> list[int]:
