@@ -193,7 +193,7 @@ def damaged(place: Path, whole: Whole, how: str) -> Fault:
 
 
 def _files(out: Path) -> list[str]:
-    """All of a run's files but its claim, which the next process takes over from a killed one and removes at its end."""
+    """All files of a run but its claim, which the next process takes over from a killed one and then removes."""
     return sorted(str(path) for path in out.rglob("*") if path.name != LOCK)
 
 
