@@ -205,9 +205,11 @@ def _system() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When a process began, in the kernel's units, which tells it from a later one with its number."""
+    """When a process began, in the kernel's units, which tells it from a later one with its number; None at its end."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Killed, and not yet waited for by its parent: it writes nothing any more.
+        return None if fields[0] in ("Z", "X") else fields[19]
     except (OSError, IndexError):
         return None
 

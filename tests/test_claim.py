@@ -74,6 +74,22 @@ def test_of_processes_begun_together_one_has_the_folder(tmp_path: Path, stale: b
     assert not (tmp_path / "run" / LOCK).exists()
 
 
+# Kills: a killed process that its parent has not waited for, taken for one that writes.
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_killed_owner_that_is_not_waited_for_is_dead(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    locked(tmp_path / "run", pid=process.pid, born=claim._born(process.pid))
+    with pytest.raises(InUseError):
+        take(tmp_path / "run")
+    process.kill()
+    deadline = time.monotonic() + 10
+    while claim._born(process.pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with held(tmp_path / "run"):
+        pass
+    process.wait()
+
+
 def test_a_claim_ends_with_what_it_made(tmp_path: Path) -> None:
     with released():
         assert taken(tmp_path / "a" / "b")

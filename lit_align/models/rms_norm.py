@@ -9,7 +9,7 @@ Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equatio
 from __future__ import annotations
 
 import copy
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,8 +79,8 @@ def normalize_in_few_passes(model: nn.Module) -> None:
             if kind not in alike:
                 alike[kind] = _same(module)
             if alike[kind]:
-                # A bound method, which a deep copy of the model binds to the copy.
-                module.forward = MethodType(_forward, module)
+                # A deep copy of the model binds it to the copy, and so does pickle; a bound method is not found again.
+                module.forward = partial(_forward, module)
 
 
 def _eps(module: nn.Module) -> Any:

@@ -24,7 +24,16 @@ def shard(model: TreeModel, mesh: DeviceMesh) -> None:
     Args:
         model: its parameters become slices, on the device of the mesh.
         mesh: of one dimension.
+
+    Raises:
+        ValueError: how often the model's blocks run depends on the lengths of a batch, which differ between processes:
+            those that run fewer would wait for the others for ever.
     """
+    if not model.pads or model.switch is not None:
+        raise ValueError(
+            f"{type(model.hf).__name__} computes sequences of different length apart, which fsdp2 cannot do: its "
+            "processes would wait for each other; use strategy ddp"
+        )
     names = set(model.hf._no_split_modules or ())
     blocks = [module for module in model.hf.modules() if type(module).__name__ in names]
     if not blocks:

@@ -268,11 +268,14 @@ def _same_logits(policy: LanguageModel, kind: type[Decoding]) -> bool:
             for got_V, tokens in zip(got_BV, expected, strict=True):
                 states = policy.backbone(input_ids=torch.tensor([tokens], device=device), use_cache=False)
                 alone_V = policy.logits(states.last_hidden_state[0, -1])
-                tolerance = 0.1 if policy.hf.dtype in (torch.bfloat16, torch.float16) else 1e-3
+                half = policy.hf.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device.type)
+                tolerance = 0.1 if half else 1e-3
                 # A NaN is not below it.
                 if not (got_V - alone_V).abs().max() <= tolerance * alone_V.abs().max():
                     return False
-    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError, NotImplementedError):
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model
+    except (ValueError, RuntimeError, TypeError, IndexError, AttributeError, AssertionError):
         return False
     finally:
         policy.train(training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 from lit_align import versions
 from lit_align.functional.packing import pack
 from lit_align.models.language import LanguageModel
+from lit_align.models.sharding import shard
 from lit_align.rollout import Sampling
+from lit_align.rollout.decoding import Decoding, decoding_of
 from lit_align.rollout.transformers_engine import TransformersEngine
 from lit_align.types import Example, Segment
 
@@ -139,3 +141,34 @@ def test_every_architecture_is_as_the_page_says() -> None:
     if transformers.__version__ != versions.tested()["transformers"]:
         pytest.skip(f"the page is of transformers {versions.tested()['transformers']}")
     assert {name: examine(name).kind for name in ARCHITECTURES} == listed()
+
+
+# Kills: a probe that takes the rounding of autocast for a wrong cache or a wrong mask.
+@pytest.mark.parametrize("seed", range(3))
+def test_autocast_does_not_slow_a_model_down(seed: int) -> None:
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 8}
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", **{**shape, "initializer_range": 0.05}))
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = LanguageModel(model.eval())
+        assert policy.packs
+        assert decoding_of(policy) is Decoding
+
+
+# Kills: running out of memory in a probe, taken for a model that cannot.
+def test_no_memory_in_a_probe_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = LanguageModel(AutoModelForCausalLM.from_config(tiny_config("llama")).eval())
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(policy.backbone, "forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoding_of(policy)
+    assert policy.decoding is None
+
+
+# Kills: processes that run a model's blocks a different number of times, and wait for each other.
+def test_what_computes_lengths_apart_is_not_sharded() -> None:
+    with pytest.raises(ValueError, match=r"sequences of different length apart, which fsdp2 cannot do"):
+        shard(phi3_with_longrope(), cast("Any", None))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -115,6 +116,16 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     normalize_in_few_passes(model)
     twin = layer_of(copy.deepcopy(model), kind)
     assert has_kernel(twin)
+    twin.weight.data = torch.full_like(twin.weight, 3.0)
+    x = torch.randn(2, len(twin.weight))
+    torch.testing.assert_close(twin(x), kind.forward(twin, x), rtol=1e-6, atol=1e-6)  # type: ignore[attr-defined]
+
+
+# Kills: a bound method, which pickle looks for by its name and does not find.
+def test_a_model_can_be_pickled() -> None:
+    model, kind = norms("llama")
+    normalize_in_few_passes(model)
+    twin = layer_of(pickle.loads(pickle.dumps(model)), kind)
     twin.weight.data = torch.full_like(twin.weight, 3.0)
     x = torch.randn(2, len(twin.weight))
     torch.testing.assert_close(twin(x), kind.forward(twin, x), rtol=1e-6, atol=1e-6)  # type: ignore[attr-defined]
