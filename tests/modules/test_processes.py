@@ -107,11 +107,7 @@ def test_two_processes_are_one(name: str, two: Callable[[str], tuple[Result, Res
 
 
 # Kills: DDP of one process taken for none; it wants all gradients from one backward, too.
-# Open: passes alone and in its file, fails after tests of other files in the same process; the cause is not known yet.
-ORDER = pytest.mark.xfail(strict=False, reason="depends on the tests before it in one process; not explained yet")
-
-
-@pytest.mark.parametrize("method", ["ppo", pytest.param("ppo_separate_value", marks=ORDER)])
+@pytest.mark.parametrize("method", ["ppo", "ppo_separate_value"])
 def test_ddp_on_one_device_is_no_ddp(method: str, tmp_path: Path) -> None:
     write_rows(tmp_path)
     told: dict[str, Any] = {"method": method, "folder": place(tmp_path, "llama"), "rows": tmp_path, "batch_size": 4}

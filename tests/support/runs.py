@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,6 +178,9 @@ def one_step(
     **data: Any,
 ) -> Result:
     """Loss and weights after one optimizer step, and what was logged; `held_out` rows are validated on after it."""
+    # An earlier command in this process leaves its seed there, and Lightning seeds again with it where a strategy has
+    # several processes.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     torch.manual_seed(0)
     try:
         if held_out:
