@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 from support.configs import config
+from support.metrics import steady
 from support.runs import write_rows
 from support.tiny import tiny_folder
 from support.wandb_server import SWEEP, Server, serve
@@ -82,8 +84,7 @@ class Place:
         return self.wandb("agent", *options, f"somebody/lit_align/{SWEEP}")
 
     def rows(self, run: str) -> list[dict[str, str]]:
-        with (self.folder / "runs" / run / "metrics.csv").open(newline="") as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(io.StringIO(steady(self.folder / "runs" / run / "metrics.csv"))))
 
 
 def work(run: str, kind: str = "run", **args: Any) -> dict[str, Any]:
