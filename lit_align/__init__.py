@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"lit_align.{_WHERE[name]}"), name)
     except Exception as error:  # a broken release of a dependency raises anything when it is imported
-        from lit_align import versions
+        from lit_align.utils import versions
 
         if untested := versions.advice(error):
             error.add_note(f"lit_align: {untested}")

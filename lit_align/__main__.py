@@ -6,7 +6,7 @@ import sys
 
 def entry() -> int:
     """Run the command line; what the user can mend ends in one line, and so does what a signal stopped."""
-    from lit_align.stopping import Stopped, stoppable
+    from lit_align.utils.stopping import Stopped, stoppable
 
     try:
         with stoppable():
@@ -19,13 +19,13 @@ def entry() -> int:
 
 
 def _entry() -> int:
-    from lit_align import versions
-    from lit_align.display import escape_the_rest
+    from lit_align.utils import versions
+    from lit_align.utils.display import escape_the_rest
 
     escape_the_rest()
     debug = bool(os.environ.get("LIT_ALIGN_DEBUG"))
     try:
-        from lit_align.cli import main
+        from lit_align.cli.entry import main
     except Exception as error:  # a broken release raises anything when it is imported
         if debug:
             raise
@@ -48,8 +48,8 @@ def _entry() -> int:
 
 
 def _failed(message: str) -> int:
-    from lit_align.display import printable
-    from lit_align.secret import redact_text
+    from lit_align.utils.display import printable
+    from lit_align.utils.secret import redact_text
 
     print(f"lit-align: {printable(redact_text(' '.join(message.split())))}", file=sys.stderr)
     return 1

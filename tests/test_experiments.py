@@ -18,11 +18,11 @@ from support.tiny import tiny_folder
 from transformers import AutoModelForSequenceClassification
 
 from lit_align.cli import AlignCLI, main
-from lit_align.commands import experiments
+from lit_align.cli.commands import experiments
+from lit_align.config.own_modules import importable
 from lit_align.modules import FSDP2Strategy, ZeROStrategy
-from lit_align.own_modules import importable
-from lit_align.pipeline import Pipeline, Stage, Step
-from lit_align.sweep import Sweep
+from lit_align.pipeline.stages import Pipeline, Stage, Step
+from lit_align.pipeline.sweep import Sweep
 
 FOLDER = experiments().resolve()
 YAMLS = sorted(FOLDER.rglob("*.yaml"))

@@ -22,10 +22,10 @@ from support.tiny import tiny_folder
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lit_align.cli import AlignCLI, main
-from lit_align.commands import _step, experiments
-from lit_align.data.base import TextDataModule
+from lit_align.cli.commands import _step, experiments
+from lit_align.data.data_module import TextDataModule
 from lit_align.modules.base import AlignModule
-from lit_align.pipeline import Pipeline
+from lit_align.pipeline.stages import Pipeline
 
 FOLDER = experiments().resolve() / "recipes"
 RECIPES = sorted(folder.parent for folder in FOLDER.glob("*/pipeline.yaml"))

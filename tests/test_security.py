@@ -22,8 +22,8 @@ from support.tiny import tiny_folder
 
 from lit_align import Network, Source
 from lit_align.callbacks import AtomicCheckpointIO
-from lit_align.chat import Chat
-from lit_align.cli import main
+from lit_align.cli.chatting import Chat
+from lit_align.cli.entry import main
 from lit_align.data.rows import Tally
 from lit_align.models import load_causal_lm
 

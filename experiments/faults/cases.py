@@ -20,9 +20,9 @@ from lit_align import Network
 from lit_align.data.rows import user
 from lit_align.models import export, load_causal_lm, load_tokenizer
 from lit_align.sandbox.annotators import Annotators
-from lit_align.sandbox.language import demonstrations
 from lit_align.sandbox.sources import prompt_row
 from lit_align.sandbox.steps import SeedModel
+from lit_align.sandbox.texts import demonstrations
 from lit_align.sandbox.world import World
 
 METHODS = ("sft", "reward", "dpo", "ppo")
@@ -70,7 +70,7 @@ def configuration(place: Path, method: str, way: str, out: Path) -> dict[str, An
         "schedule": {"class_path": "lit_align.modules.Cosine", "init_args": {"warmup": 2}},
     }
     if method == "ppo":
-        model |= {"reward": {"class_path": "lit_align.sandbox.reward.GoldReward"}, "epochs": 2, "mini_batches": 2}
+        model |= {"reward": {"class_path": "lit_align.sandbox.gold_reward.GoldReward"}, "epochs": 2, "mini_batches": 2}
         model |= {"micro_batch_size": 4, "kl_target": 0.01, "kl_horizon": 50}
         model |= {"sampling": {"max_new_tokens": 6, "samples": 2}}
     classes = {"sft": ("SFT", "Instruction"), "reward": ("Reward", "Preference"), "dpo": ("DPO", "Preference")}

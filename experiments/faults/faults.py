@@ -19,7 +19,7 @@ import compare
 from attempt import LIMIT, Whole, child, file_operations, fit, left_alone, waited
 
 from lit_align.callbacks import AtomicCheckpointIO
-from lit_align.claim import LOCK
+from lit_align.utils.claim import LOCK
 
 SAVING = "between validations"
 WORKER = "without validation, a worker"

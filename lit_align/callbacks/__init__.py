@@ -5,7 +5,7 @@ from lit_align.callbacks.checkpoint_io import AtomicCheckpointIO
 from lit_align.callbacks.completions import CompletionsTable
 from lit_align.callbacks.divergence import Diverged, DivergenceGuard
 from lit_align.callbacks.ema import WeightEMA
-from lit_align.callbacks.export import HFExport
+from lit_align.callbacks.export_model import HFExport
 from lit_align.callbacks.manifest import Manifest
 from lit_align.callbacks.metrics_csv import MetricsCSV
 from lit_align.callbacks.normalize import NormalizeReward

@@ -14,13 +14,13 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_align import limits
 from lit_align.callbacks.chosen import Chosen
 from lit_align.callbacks.manifest import environment
 from lit_align.callbacks.metrics_csv import last_values
 from lit_align.callbacks.throughput import TIMED
-from lit_align.data.base import TextDataModule
-from lit_align.display import printable
+from lit_align.data.data_module import TextDataModule
+from lit_align.utils import limits
+from lit_align.utils.display import printable
 
 # Where a run writes, and where it was taken up from, say nothing of the model; nor may two cards differ by them.
 _PLACES = ("out", "config", "ckpt_path", "weights_only", "resume", "checkpoint.dirpath", "trainer.default_root_dir")

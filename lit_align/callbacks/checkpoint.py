@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_align.callbacks.divergence import DivergenceGuard
 from lit_align.callbacks.metrics_csv import log_ahead
 from lit_align.callbacks.preemption import Preempted, StopRequest, unchanged
-from lit_align.disk import replacing
+from lit_align.utils.disk import replacing
 
 # Beside last.ckpt, with a monitor: a link to the best.
 BEST = "best.ckpt"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from lit_align.disk import replacing, sync
-from lit_align.secret import redacted
+from lit_align.utils.disk import replacing, sync
+from lit_align.utils.secret import redacted
 
 # What unpacking a damaged or foreign file raises, depending on where the damage is.
 _DAMAGED = (

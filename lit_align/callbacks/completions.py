@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.callbacks.ema import averaged
 from lit_align.data.chat import ChatEncoder
-from lit_align.disk import write_whole
-from lit_align.display import printable
 from lit_align.modules.strategy import check_strategy
 from lit_align.types import PromptBatch
+from lit_align.utils.disk import write_whole
+from lit_align.utils.display import printable
 
 FILE = "said.jsonl"
 

@@ -15,13 +15,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_align import secret
 from lit_align.callbacks.resume import manifest_changes, settle
 from lit_align.callbacks.wandb_run import known, tracked
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.data.store import tokenizer_key
-from lit_align.disk import write_whole
 from lit_align.models.seal import broken_seal, file_hash, model_hash
+from lit_align.utils import secret
+from lit_align.utils.disk import write_whole
 
 PACKAGES = (
     "lit_align",

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_align.disk import replacing
+from lit_align.utils.disk import replacing
 
 
 class MetricsCSV(CSVLogger):

@@ -9,9 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_align.callbacks.chosen import chosen, wanted
-from lit_align.data.answers import AnswerDataModule
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.data.source import Source, as_sources
+from lit_align.data.unjudged import AnswerDataModule
 from lit_align.modules.reward import RewardModule
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from lit_align.disk import write_whole
+from lit_align.utils.disk import write_whole
 
 
 class PredictionsFile(BasePredictionWriter):

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 
-from lit_align.display import say
+from lit_align.utils.display import say
 
 
 class ProgressLines(ProgressBar):

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_align import secret
 from lit_align.callbacks.resume import config_changes, differences, settle
-from lit_align.disk import replacing
+from lit_align.utils import secret
+from lit_align.utils.disk import replacing
 
 
 class SaveRunConfig(SaveConfigCallback):

@@ -23,8 +23,8 @@ from lit_align.data.messages import Message, Messages, Tools, turn_of
 from lit_align.data.render import NotAppended, Renderer
 from lit_align.data.rows import BadField
 from lit_align.data.strings import Strings, Template
-from lit_align.model_folder import find_model
 from lit_align.types import Segment
+from lit_align.utils.model_folder import find_model
 
 Turns = Literal["all", "last"]
 

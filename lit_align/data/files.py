@@ -23,7 +23,7 @@ import fsspec
 from lit_align.data.rows import BadFile, BadRow, Row
 from lit_align.data.unpacked import LONGEST_ROW, bounded, check_parquet
 from lit_align.data.unpacked import lines as bounded_lines
-from lit_align.secret import REDACTED, WAY_OUT, redact_text
+from lit_align.utils.secret import REDACTED, WAY_OUT, redact_text
 
 # What unpacking and decoding raise when a file is damaged; most of it is no OSError.
 _DAMAGED = (OSError, EOFError, UnicodeError, csv.Error, zlib.error, lzma.LZMAError, zipfile.BadZipFile)

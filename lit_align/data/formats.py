@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from lit_align.data.annotators import ranks_of
 from lit_align.data.demonstrations import (
     alpaca,
     instances,
@@ -32,6 +31,7 @@ from lit_align.data.messages import (
 )
 from lit_align.data.rankings import VERDICTS, answers, finished_of, grades, rankings, share_of, unpaired, verdict_of
 from lit_align.data.rows import KINDS, BadField, Row, filled, list_of, number_of, text_of, user
+from lit_align.data.votes import ranks_of
 
 Reader = Callable[[Row], list[Row]]
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.data.fit import chunk, fit
 from lit_align.data.rows import BadField, Row, Tally, user
 from lit_align.data.source import Source

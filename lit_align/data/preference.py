@@ -14,14 +14,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lit_align.data.annotators import merged_shares
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.data.fit import fit
 from lit_align.data.instruction import group_of
 from lit_align.data.messages import says_nothing
 from lit_align.data.rows import BadField, Row, Tally
 from lit_align.data.source import Source
 from lit_align.data.store import Item, Store
+from lit_align.data.votes import merged_shares
 from lit_align.types import Example, PreferenceBatch, Segment
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.data.fit import fit
 from lit_align.data.instruction import InstructionDataModule, group_of
 from lit_align.data.rows import JUDGEMENTS, BadField, Row, Tally

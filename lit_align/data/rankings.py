@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lit_align.data.annotators import ranks_of, shares_of
 from lit_align.data.demonstrations import alpaca, messages, sharegpt
 from lit_align.data.messages import answer_in, answer_of, asked_of
 from lit_align.data.rows import BadField, Row, list_of, missing, number_of
+from lit_align.data.votes import ranks_of, shares_of
 
 
 def rankings(row: Row) -> list[Row]:

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from lit_align.data.files import expand, open_files, read_bytes, read_rows
 from lit_align.data.formats import FORMATS, PREFERENCES, among_preferences, recognise
-from lit_align.data.given import GivenRows, given_rows
+from lit_align.data.python_rows import GivenRows, given_rows
 from lit_align.data.rows import BadField, BadRow, Row, Rows, Tally, missing
 from lit_align.data.saved import files_of, is_saved, load_hub, load_saved
 from lit_align.data.watched import watch
-from lit_align.display import printable
-from lit_align.secret import redact_text
+from lit_align.utils.display import printable
+from lit_align.utils.secret import redact_text
 
 OnBadRow = Literal["error", "skip"]
 

@@ -26,11 +26,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from lit_align.cache import cache_folder, can_keep
 from lit_align.data.rows import BadField, BadRow, Row, Tally
 from lit_align.data.source import OnBadRow, Source, expand
-from lit_align.disk import checksum, replacing
 from lit_align.types import Example, Segment
+from lit_align.utils.cache_folder import cache_folder, can_keep
+from lit_align.utils.disk import checksum, replacing
 
 # Part of the key: raise it when the same rows would be tokenised differently.
 VERSION = 7

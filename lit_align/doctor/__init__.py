@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningDataModule, LightningModule, Trainer
 
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.data.prompt import PromptDataModule
 from lit_align.data.watched import unused
 from lit_align.doctor.exported import reloaded

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning import Trainer
 
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.doctor.finding import Finding
 from lit_align.functional.dpo_losses import loss_options
 from lit_align.modules.base import AlignModule

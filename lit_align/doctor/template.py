@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lit_align.data.base import TextDataModule
+from lit_align.data.data_module import TextDataModule
 from lit_align.data.instruction import InstructionDataModule
 from lit_align.data.rows import BadField, Tally
 from lit_align.doctor.finding import Finding

@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from lit_align.data.prompt import PromptDataModule
-from lit_align.disk import replacing
 from lit_align.evaluation.policies import Policy, sequence_kl
 from lit_align.rewards import Reward
 from lit_align.rollout import Sampling
 from lit_align.types import Rollout
+from lit_align.utils.disk import replacing
 
 
 class ComparePolicies:

@@ -25,12 +25,12 @@ from lit_align.data.messages import prompt_of, tools_of
 from lit_align.data.rows import JUDGEMENTS, BadField, BadRow, Row, Tally, list_of, text_of
 from lit_align.data.source import OnBadRow
 from lit_align.data.strings import Template
-from lit_align.disk import replacing
-from lit_align.display import say
 from lit_align.models import load_tokenizer
 from lit_align.models.load import device_of
 from lit_align.rewards import Reward
 from lit_align.types import Completion, Rollout
+from lit_align.utils.disk import replacing
+from lit_align.utils.display import say
 
 
 class Sampled(NamedTuple):

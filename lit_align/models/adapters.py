@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_align.model_folder import adapter_base
 from lit_align.models.intact import AGAIN, check_values, read_header, read_json
 from lit_align.models.lora import ADAPTER, add_adapter, is_adapter_weight
 from lit_align.models.network import INITS
-from lit_align.models.reference import fingerprint
+from lit_align.models.reference_logps import fingerprint
 from lit_align.models.scalar import normalization
 from lit_align.models.sharding import whole
+from lit_align.utils.model_folder import adapter_base
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # How peft names the weights of a model that it has wrapped.

@@ -16,14 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lit_align.disk import sync, sync_tree
 from lit_align.models.adapters import adapter_file, save_adapter
 from lit_align.models.load import _quiet
 from lit_align.models.lora import has_lora
 from lit_align.models.merge import merged_model, merged_state_dict
 from lit_align.models.seal import SEAL, write_seal
 from lit_align.models.sharding import is_sharded
-from lit_align.owned import check_replaceable, free_beside, not_exported
+from lit_align.utils.disk import sync, sync_tree
+from lit_align.utils.owned import check_replaceable, free_beside, not_exported
 
 
 def export(

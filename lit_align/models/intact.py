@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_align import limits
+from lit_align.utils import limits
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 AGAIN = "copy the folder again from where it comes from, or export it again"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_align.functional.rows import read_rows
+from lit_align.functional.gather_rows import read_rows
 
 # Modules of a layer that look at one token at a time and feed nothing but its own state: Llama and its kin, GPT-NeoX,
 # GPT-2. A name that is missing is computed for every token, and costs nothing but time.

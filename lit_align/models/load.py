@@ -20,19 +20,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lit_align import limits
-from lit_align.model_folder import adapter_base, find_model, is_adapter
+from lit_align.models.experts import route_without_noise
 from lit_align.models.held import copied, held_model, set_dropout
 from lit_align.models.intact import check_files, check_fit, check_values, read_json
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
 from lit_align.models.rms_norm import normalize_in_few_passes
 from lit_align.models.rotary import turn_without_copies
-from lit_align.models.router import route_without_noise
 from lit_align.models.start import find_folded, fold, go_on, with_new_tokens
 from lit_align.models.tokens import add_tokens, grow
 from lit_align.models.tree_attention import attend_by_tree
 from lit_align.models.trees import compile_for_trees
+from lit_align.utils import limits
+from lit_align.utils.model_folder import adapter_base, find_model, is_adapter
 
 
 def load_causal_lm(network: Network) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_align.models.lora_targets import check_names, ends, resolve_targets, tied_embeddings
 from lit_align.models.network import INITS, Lora
-from lit_align.versions import tested_together
+from lit_align.utils.versions import tested_together
 
 ADAPTER = "lit_align"
 

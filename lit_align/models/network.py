@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lit_align.model_folder import find_model, is_adapter
+from lit_align.utils.model_folder import find_model, is_adapter
 
 Head = Literal["own", "torch", "liger"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lit_align.model_folder import is_adapter
 from lit_align.models.adapters import Adapter, attach, check_base, read_adapter, rows_of
 from lit_align.models.merge import merged_model
 from lit_align.models.network import Lora, Network
 from lit_align.models.tokens import embedding_names, grow
+from lit_align.utils.model_folder import is_adapter
 
 
 def find_folded(network: Network) -> Adapter | None:

@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_align.functional.attention import tree_mask, tree_rule
+from lit_align.functional.gather_rows import read_rows
 from lit_align.functional.packing import pack, unpack
-from lit_align.functional.rows import read_rows
 from lit_align.models.last_layer import only_read
 from lit_align.models.tree_attention import attends_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lit_align.cache import cache_folder, can_keep
 from lit_align.functional.logprobs import sum_by_sequence
 from lit_align.models.network import Network, as_network
-from lit_align.models.reference import ReferenceTable, fingerprint
+from lit_align.models.reference_logps import ReferenceTable, fingerprint
 from lit_align.modules.policy import PolicyModule
 from lit_align.types import PackedBatch, PreferenceBatch
+from lit_align.utils.cache_folder import cache_folder, can_keep
 
 
 class ReferencedModule(PolicyModule):

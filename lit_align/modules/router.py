@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_align.models.router import RouterLoss, recorded_router, router_loss, token_weights
+from lit_align.models.experts import RouterLoss, recorded_router, router_loss, token_weights
 from lit_align.models.trees import TreeModel
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup
 
-from lit_align.disk import write_whole
-from lit_align.display import printable
-from lit_align.owned import check_report
 from lit_align.report import figures
-from lit_align.report.compare import comparison
 from lit_align.report.read import RunData, read_run
+from lit_align.report.several import comparison
+from lit_align.utils.disk import write_whole
+from lit_align.utils.display import printable
+from lit_align.utils.owned import check_report
 
 # Measures of a policy: key, title, format, note, and whether more is better (None: neither).
 MEASURES: list[tuple[str, str, str, str, bool | None]] = [

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lit_align.display import printable
 from lit_align.report.read import Curve, RunData
+from lit_align.utils.display import printable
 
 # Wong 2011, "Points of view: Color blindness": told apart by everybody.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#6b7280"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_align import limits
+from lit_align.utils import limits
 
 Curve = tuple[list[float], list[float]]  # steps, values
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.functional.ensemble import mean_score, uncertainty_weighted_score, worst_case_score
-from lit_align.names import unseen
-from lit_align.rewards.base import Reward
 from lit_align.rewards.given import as_reward
+from lit_align.rewards.protocol import Reward
 from lit_align.types import Rollout
+from lit_align.utils.names import unseen
 
 
 class CombinedReward(Reward):

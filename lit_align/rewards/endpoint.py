@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.source import expand
-from lit_align.display import printable
-from lit_align.rewards.base import Reward, checked, named
 from lit_align.rewards.patience import TryAgain, patiently, within
-from lit_align.secret import redact_text, redacted
+from lit_align.rewards.protocol import Reward, checked, named
 from lit_align.types import Rollout
+from lit_align.utils.display import printable
+from lit_align.utils.secret import redact_text, redacted
 
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_align.rewards.base import Reward, checked, named
 from lit_align.rewards.patience import TryAgain, patiently, within
+from lit_align.rewards.protocol import Reward, checked, named
 from lit_align.types import Rollout
 
 

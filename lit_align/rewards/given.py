@@ -9,9 +9,9 @@ import re
 from typing import Any
 
 from lit_align.models.network import Network
-from lit_align.rewards.base import Reward
 from lit_align.rewards.function import FunctionReward
 from lit_align.rewards.model import ModelReward
+from lit_align.rewards.protocol import Reward
 
 
 def reward_spec(text: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from lit_align.models.lora import has_lora
 from lit_align.models.network import Network, as_network
 from lit_align.models.roles import ScalarAdapter
 from lit_align.models.scalar import ScalarModel, Scorer
-from lit_align.rewards.base import Reward
+from lit_align.rewards.protocol import Reward
 from lit_align.types import Example, PackedBatch, Rollout, Segment
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
-from lit_align.rewards.base import Reward
+from lit_align.rewards.protocol import Reward
 from lit_align.types import Completion, Rollout
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from lit_align.data.chat import ChatEncoder
-from lit_align.disk import write_whole
 from lit_align.evaluation.policies import Policy, sequence_kl
 from lit_align.functional.kl import best_of_n_kl
 from lit_align.functional.packing import pack
@@ -23,6 +22,7 @@ from lit_align.sandbox.gold import Judgement, judge
 from lit_align.sandbox.sources import Prompts, prompt_from, prompt_row
 from lit_align.sandbox.world import Prompt, World
 from lit_align.types import Completion, Example, PackedBatch, Rollout, Segment
+from lit_align.utils.disk import write_whole
 
 Figures = dict[str, float]
 

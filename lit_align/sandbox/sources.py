@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from itertools import islice
 
 from lit_align.data.rows import Row, Rows, user
-from lit_align.sandbox import language, world
-from lit_align.sandbox.language import demonstrations, documents
+from lit_align.sandbox import texts as language
+from lit_align.sandbox import world
+from lit_align.sandbox.texts import demonstrations, documents
 from lit_align.sandbox.world import Prompt, World
 
 # The text of a seed changes with the code that makes it: nothing tokenised before may be mistaken for it.

@@ -8,11 +8,11 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from lit_align.disk import replacing
 from lit_align.models.scratch import word_tokenizer, write_seed_model
 from lit_align.sandbox.annotators import Annotators
 from lit_align.sandbox.sources import prompt_from
 from lit_align.sandbox.world import World
+from lit_align.utils.disk import replacing
 
 
 class SeedModel:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_align.sandbox import language
+from lit_align.sandbox import texts as language
 
 Key = tuple[str | int, ...]
 

@@ -16,7 +16,7 @@ from lit_align import Lora, Network, RewardModule
 from lit_align.callbacks import HFExport, Manifest, MetricsCSV
 from lit_align.callbacks.card import model_card
 from lit_align.callbacks.manifest import model_hash
-from lit_align.cli import main
+from lit_align.cli.entry import main
 from lit_align.data.source import Source
 
 

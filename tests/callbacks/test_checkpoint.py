@@ -20,7 +20,7 @@ from support.metrics import steady
 from support.parsers import only
 
 from lit_align.callbacks import RunCheckpoint
-from lit_align.cli import main
+from lit_align.cli.entry import main
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from support.parsers import only
 from support.runs import write_rows
 from support.tiny import tiny_folder
 
-from lit_align.cli import main
+from lit_align.cli.entry import main
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

@@ -18,7 +18,7 @@ from support.parsers import only
 from torch.utils.data import DataLoader
 
 from lit_align.callbacks import Diverged, DivergenceGuard, HFExport, RunCheckpoint
-from lit_align.cli import main
+from lit_align.cli.entry import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),

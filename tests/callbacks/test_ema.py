@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_align import Lora, Network
 from lit_align.callbacks import HFExport, WeightEMA
-from lit_align.cli import main
+from lit_align.cli.entry import main
 from lit_align.modules.strategy import FSDP2Strategy
 from lit_align.modules.zero import ZeROStrategy
 

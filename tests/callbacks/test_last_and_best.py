@@ -15,7 +15,7 @@ from support.configs import config
 from support.metrics import steady
 from support.parsers import only
 
-from lit_align.cli import main
+from lit_align.cli.entry import main
 
 # The loss falls, so that by `max` the first validation is the best.
 FIRST = ["--checkpoint.monitor=val/loss", "--checkpoint.mode=max", "--checkpoint.filename={step}"]

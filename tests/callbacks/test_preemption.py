@@ -18,8 +18,8 @@ from support.runs import build
 
 from lit_align.callbacks.checkpoint import RunCheckpoint
 from lit_align.callbacks.preemption import Preempted
-from lit_align.cli import main
-from lit_align.run_folder import requeued_folder
+from lit_align.cli.entry import main
+from lit_align.cli.run_folder import requeued_folder
 
 
 class Signal(Callback):

@@ -17,7 +17,7 @@ from support.runs import write_rows
 from support.tiny import tiny_folder
 
 from lit_align.callbacks.resume import KINDS, allowed, config_changes, kind_of_role, manifest_changes
-from lit_align.cli import main
+from lit_align.cli.entry import main
 from lit_align.models import Lora, Network, export, load_scorer, load_tokenizer
 
 Fit = Callable[..., None]

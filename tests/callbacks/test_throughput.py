@@ -15,7 +15,7 @@ from support.runs import write_rows
 from support.tiny import tiny_folder
 
 from lit_align.callbacks import Throughput
-from lit_align.cli import main
+from lit_align.cli.entry import main
 
 
 def fitted(place: Path, **trainer: Any) -> Path:

@@ -15,7 +15,7 @@ from support.configs import config
 from support.wandb_server import serve
 
 from lit_align.callbacks.wandb_run import VARIABLE
-from lit_align.cli import main
+from lit_align.cli.entry import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

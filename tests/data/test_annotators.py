@@ -7,7 +7,7 @@ from data.fuzz import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_align.data.annotators import merged_shares, ranks_of, shares_of
+from lit_align.data.votes import merged_shares, ranks_of, shares_of
 
 RANKINGS = st.integers(2, 5).flatmap(
     lambda k: st.lists(st.lists(st.integers(0, 3), min_size=k, max_size=k), min_size=1, max_size=4)

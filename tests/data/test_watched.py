@@ -10,9 +10,9 @@ import pytest
 from data.chats import chatml, plain
 
 from lit_align.data.instruction import InstructionDataModule
-from lit_align.data.language import differs_from_before
 from lit_align.data.preference import PreferenceDataModule
 from lit_align.data.prompt import PromptDataModule
+from lit_align.data.prompt_format import differs_from_before
 from lit_align.data.rows import BadRow
 from lit_align.data.source import Source
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from lit_align.functional.rows import read_rows
+from lit_align.functional.gather_rows import read_rows
 
 ROWS, WIDTH, READ = 64, 256, 4_096
 

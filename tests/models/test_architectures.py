@@ -14,7 +14,6 @@ from support.architectures import ARCHITECTURES, _greedy, _logps, build, examine
 from support.tiny import tiny_config
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from lit_align import versions
 from lit_align.functional.packing import pack
 from lit_align.models.language import LanguageModel
 from lit_align.models.sharding import shard
@@ -22,6 +21,7 @@ from lit_align.rollout import Sampling
 from lit_align.rollout.decoding import Decoding, decoding_of
 from lit_align.rollout.transformers_engine import TransformersEngine
 from lit_align.types import Example, Segment
+from lit_align.utils import versions
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 # One of each kind: attention, learned positions, ALiBi, windows, experts, recurrent, hybrid, a factor behind the head.

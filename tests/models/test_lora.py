@@ -11,11 +11,11 @@ from models.test_reload import disturb, embeddings
 from support.tiny import tiny_folder
 from torch import Tensor
 
-from lit_align import versions
 from lit_align.models import LanguageModel, Lora, Network, load_causal_lm, load_scorer
 from lit_align.models.lora import adapters_off
 from lit_align.models.reload import check_export
 from lit_align.models.roles import ScalarAdapter
+from lit_align.utils import versions
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

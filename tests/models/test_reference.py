@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_align.models.reference import ReferenceTable, fingerprint
+from lit_align.models.reference_logps import ReferenceTable, fingerprint
 
 
 def table() -> ReferenceTable:

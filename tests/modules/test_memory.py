@@ -194,7 +194,7 @@ def test_the_program_ends_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         with memory_for("the rollout of 4 answers", "model.sampling.batch_size"):
             too_much()
 
-    monkeypatch.setattr("lit_align.cli.main", main)
+    monkeypatch.setattr("lit_align.cli.entry.main", main)
     assert entry() == 1
     told = capsys.readouterr().err
     assert told.startswith("lit-align: out of memory in the rollout of 4 answers: lower model.sampling.batch_size (")

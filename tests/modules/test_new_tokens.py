@@ -14,7 +14,7 @@ from support.tiny import VOCABULARY, tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_align import InstructionDataModule, Lora, Network, SFTModule, Source
-from lit_align.cli import main
+from lit_align.cli.entry import main
 from lit_align.models.scratch import bpe_tokenizer
 
 TOKENS = ["<|im_start|>", "<|im_end|>"]

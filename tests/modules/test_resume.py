@@ -17,7 +17,7 @@ from support.metrics import steady
 from support.runs import write_rows
 from support.tiny import tiny_folder
 
-from lit_align.cli import main
+from lit_align.cli.entry import main
 
 
 @pytest.fixture

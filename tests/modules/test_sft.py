@@ -15,7 +15,7 @@ from support.tiny import tiny_folder
 from transformers import AutoModelForCausalLM
 
 from lit_align import InstructionDataModule, Network, SFTModule, Source
-from lit_align.cli import main
+from lit_align.cli.entry import main
 from lit_align.functional.sft import dft_loss, sft_loss
 from lit_align.models import LanguageModel
 from lit_align.modules import base, neftune

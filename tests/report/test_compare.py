@@ -11,11 +11,11 @@ import pytest
 import yaml
 from support.page import Page
 
-from lit_align.cli import main
-from lit_align.config_error import ConfigError
+from lit_align.cli.entry import main
+from lit_align.config.errors import ConfigError
 from lit_align.report import write_comparison, write_report
-from lit_align.report.compare import flat, labels
 from lit_align.report.figures import curves
+from lit_align.report.several import flat, labels
 
 EVIL = "<i>$a&b\x1b[2J"
 

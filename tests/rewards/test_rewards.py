@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from lit_align import FunctionReward, ModelReward, Network, Reward
 from lit_align.data.chat import ChatEncoder, template_of
 from lit_align.models.scratch import bpe_tokenizer
-from lit_align.rewards.base import named
+from lit_align.rewards.protocol import named
 from lit_align.types import Completion, Rollout
 
 ANSWERS = [("a?", "bee", True), ("b?", "sea dee", True), ("c?", "", True), ("d?", "eff gee eff gee", False)]

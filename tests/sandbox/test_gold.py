@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from lit_align.sandbox import language
+from lit_align.sandbox import texts as language
 from lit_align.sandbox.gold import judge, reference_length
 from lit_align.sandbox.world import CATEGORIES, SPLITS, Prompt, World
 

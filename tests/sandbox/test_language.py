@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from lit_align.sandbox import language
+from lit_align.sandbox import texts as language
 from lit_align.sandbox.gold import judge
 from lit_align.sandbox.world import CATEGORIES, SPLITS, World
 

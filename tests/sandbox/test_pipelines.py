@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_align.cli import main
-from lit_align.commands import experiments
+from lit_align.cli.commands import experiments
+from lit_align.cli.entry import main
 
 METHODS = ("sft", "ppo", "rloo", "grpo", "raft", "dpo", "iterative_dpo")
 

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from lit_align.sandbox import language
+from lit_align.sandbox import texts as language
 from lit_align.sandbox.world import CATEGORIES, CONTESTED_SHARE, MIX, SPLITS, Prompt, World
 
 WORLD = World(0)
 
 FINGERPRINT = """
 import hashlib, itertools, json, random
-from lit_align.sandbox import language
+from lit_align.sandbox import texts as language
 from lit_align.sandbox.world import World
 
 rng = random.Random(5)

@@ -91,6 +91,11 @@ def echo(rows: list[dict], completions: list[str]) -> list[float]:
     return [len(text) % 5 - 0.1 * len(str(row["prompt"])) % 3 for row, text in zip(rows, completions, strict=True)]
 
 
+def fails(rows: list[dict], completions: list[str]) -> list[float]:
+    """A reward that raises."""
+    raise ValueError("the reward is broken")
+
+
 class Scripted:
     """An engine whose answers are a function of the prompt alone, so that they do not depend on who samples them.
 

@@ -1,0 +1,1 @@
+"""Configurations: read, checked and explained before anything slow is imported or any class is built."""

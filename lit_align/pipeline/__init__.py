@@ -1,0 +1,1 @@
+"""Pipelines, rounds and sweeps: many runs in order, each resumable."""
