@@ -26,7 +26,7 @@ BELOW = {
     "callbacks": LEARNING,
     "doctor": LEARNING,
     "evaluation": LEARNING,
-    "feedback": LEARNING | {"evaluation"},
+    "feedback": LEARNING | {"evaluation", "report"},
     # Plugs in through the doors that a user's own world would use; nothing below the command line knows of it.
     "sandbox": LEARNING | {"evaluation"},
     "report": {"utils"},

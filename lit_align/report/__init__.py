@@ -51,7 +51,7 @@ def write_comparison(folders: Sequence[Path], path: Path) -> Path:
         ValueError: a folder holds no run; names it.
         FileExistsError: a page of that name is not a report.
     """
-    return _write(path, comparison([read_run(folder) for folder in folders]))
+    return write_page(path, comparison([read_run(folder) for folder in folders]))
 
 
 def write_report(folder: Path) -> Path:
@@ -61,10 +61,19 @@ def write_report(folder: Path) -> Path:
         FileExistsError: a page of that name is not a report.
         OSError: it cannot be written, the disk being full for one; the earlier one is left as it was.
     """
-    return _write(folder / "report.html", content(read_run(folder)))
+    return write_page(folder / "report.html", content(read_run(folder)))
 
 
-def _write(path: Path, shown: dict[str, Any]) -> Path:
+def write_page(path: Path, shown: dict[str, Any]) -> Path:
+    """Write what `page.html` shows to a file; nothing on the page is fetched from elsewhere.
+
+    Args:
+        path: the file.
+        shown: title, subtitle, notes, tables (title, heads, rows), sections (title, figures of svg and caption), ...
+
+    Raises:
+        FileExistsError: a page of that name is not a report.
+    """
     environment = Environment(
         loader=PackageLoader("lit_align.report", "."),
         autoescape=select_autoescape(),

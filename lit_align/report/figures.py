@@ -69,13 +69,15 @@ PANELS = [
 
 
 @contextmanager
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+def panels(width: float, height: float, columns: int = 1, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure in the page's style, and its axes, row by row."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The figure as SVG for a page; text stays text, and what would command a terminal is escaped."""
     buffer = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -90,7 +92,7 @@ def curves(stage: str, metrics: dict[str, Curve]) -> str | None:
         return None
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
-    with _figure(3.1 * columns, 2.2 * rows, columns, rows) as (figure, axes):
+    with panels(3.1 * columns, 2.2 * rows, columns, rows) as (figure, axes):
         for ax, (name, title) in zip(axes, shown, strict=False):
             steps, values = metrics[name]
             colour = COLOURS.get(stage, BLUE)
@@ -99,7 +101,7 @@ def curves(stage: str, metrics: dict[str, Curve]) -> str | None:
             ax.set_xlabel("optimizer step" if not name.startswith(("ppo", "val")) else "step")
         for ax in axes[len(shown) :]:
             ax.remove()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _line(ax: Axes, steps: list[float], values: list[float], **style: Any) -> None:
@@ -130,7 +132,7 @@ def overlaid(series: Sequence[tuple[str, dict[str, Curve]]], most: int = 24) -> 
     columns = min(len(chosen), 3)
     rows = -(-len(chosen) // columns)
     legend = 0.25 * -(-len(series) // 3) + 0.2
-    with _figure(3.6 * columns, 2.3 * rows + legend, columns, rows) as (figure, axes):
+    with panels(3.6 * columns, 2.3 * rows + legend, columns, rows) as (figure, axes):
         for ax, name in zip(axes, chosen, strict=False):
             for number, (_, metrics) in enumerate(series):
                 if name in metrics:
@@ -146,7 +148,7 @@ def overlaid(series: Sequence[tuple[str, dict[str, Curve]]], most: int = 24) -> 
         ]
         names = [text(name) for name, _ in series]
         figure.legend(handles, names, loc="outside upper left", ncols=min(len(series), 3), fontsize=9, handlelength=3.4)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def text(name: str) -> str:
@@ -170,7 +172,7 @@ def reward_against_kl(run: RunData) -> str | None:
         return None
     columns = min(len(paths), 2)
     rows = -(-len(paths) // columns)
-    with _figure(5.2 * columns, 3.6 * rows, columns, rows) as (figure, axes):
+    with panels(5.2 * columns, 3.6 * rows, columns, rows) as (figure, axes):
         for ax, (stage, metrics) in zip(axes, paths.items(), strict=False):
             kl = metrics["val/kl"][1]
             for name, label, colour in (("val/reward", "proxy: the reward model", GREY), ("val/gold", "gold", ORANGE)):
@@ -184,7 +186,7 @@ def reward_against_kl(run: RunData) -> str | None:
             ax.legend(fontsize=8)
         for ax in axes[len(paths) :]:
             ax.remove()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _mark_policies(ax: Axes, summary: dict[str, float], stage: str) -> None:
@@ -209,7 +211,7 @@ def behaviour(summary: dict[str, float], policies: list[str], measures: dict[str
     columns = min(len(shown), 3) if many else len(shown)
     rows = -(-len(shown) // columns)
     width, height = (3.4 * columns, (0.2 * len(policies) + 0.5) * rows) if many else (1.9 * columns + 0.6, 2.6)
-    with _figure(width, height, columns, rows) as (figure, axes):
+    with panels(width, height, columns, rows) as (figure, axes):
         for ax, (key, title) in zip(axes, shown.items(), strict=False):
             values = [summary[f"{policy}/{key}"] for policy in policies]
             colours = [COLOURS.get(policy, PURPLE) for policy in policies]
@@ -227,7 +229,7 @@ def behaviour(summary: dict[str, float], policies: list[str], measures: dict[str
             ax.spines["bottom" if many else "left"].set_visible(False)
         for ax in axes[len(shown) :]:
             ax.remove()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def durations(summary: dict[str, float]) -> str | None:
@@ -235,7 +237,7 @@ def durations(summary: dict[str, float]) -> str | None:
     seconds: dict[str, Any] = {k[:-8]: v for k, v in summary.items() if k.endswith("/seconds")}
     if not seconds:
         return None
-    with _figure(6.4, 0.28 * len(seconds) + 0.6) as (figure, (ax,)):
+    with panels(6.4, 0.28 * len(seconds) + 0.6) as (figure, (ax,)):
         bars = ax.barh(list(seconds), list(seconds.values()), color=GREY, height=0.65)
         ax.bar_label(bars, fmt="%.0f s", fontsize=8, padding=3, color="#374151")
         ax.invert_yaxis()
@@ -243,7 +245,7 @@ def durations(summary: dict[str, float]) -> str | None:
         ax.set_xticks([])
         ax.spines["bottom"].set_visible(False)
         ax.margins(x=0.12)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def sweep_parameters(sweep: dict[str, Any]) -> str | None:
@@ -254,7 +256,7 @@ def sweep_parameters(sweep: dict[str, Any]) -> str | None:
         return None
     columns = min(len(shown), 4)
     rows = -(-len(shown) // columns)
-    with _figure(3.1 * columns, 2.6 * rows, columns, rows) as (figure, axes):
+    with panels(3.1 * columns, 2.6 * rows, columns, rows) as (figure, axes):
         for ax, (key, name) in zip(axes, shown.items(), strict=False):
             numbers = [_as_number(point["parameters"][key]) for point in points]
             known = [number for number in numbers if number is not None]
@@ -271,7 +273,7 @@ def sweep_parameters(sweep: dict[str, Any]) -> str | None:
             ax.set_ylabel(sweep["metric"] if ax is axes[0] else "")
         for ax in axes[len(shown) :]:
             ax.remove()
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def sweep_curves(run: RunData) -> str | None:
@@ -280,14 +282,14 @@ def sweep_curves(run: RunData) -> str | None:
     folders = [point["folder"] for point in run.sweep.get("points", []) if name in run.curves.get(point["folder"], {})]
     if not folders:
         return None
-    with _figure(6.4, 3.2) as (figure, (ax,)):
+    with panels(6.4, 3.2) as (figure, (ax,)):
         for folder in reversed(folders):  # the best on top
             steps, values = run.curves[folder][name]
             best = folder == folders[0]
             ax.plot(steps, values, "o-", markersize=2.5, color=ORANGE if best else GREY, alpha=1.0 if best else 0.45)
         ax.set_xlabel("step")
         ax.set_ylabel(name)
-        return _svg(figure)
+        return as_svg(figure)
 
 
 def _of(point: dict[str, Any], key: str) -> str:
