@@ -101,6 +101,14 @@ def test_the_page_has_every_key() -> None:
         assert re.findall(r"`([\w.]+)`", rows[name]) == list(ours), name
 
 
+def test_the_page_of_axolotl_and_llama_factory_names_keys_that_exist() -> None:
+    page = (PAGE.parent / "coming-from-others.md").read_text()
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    keys = [key for row in rows for key in re.findall(r"`([\w.]+)`", row[2])]
+    assert len(keys) > 80
+    assert [key for key in keys if not exists(key)] == []
+
+
 def test_a_key_of_an_earlier_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = importlib.import_module("lit_align.config.other_names")
     monkeypatch.setitem(names.RENAMED, "model.network.checkpointing", "model.network.activation_checkpointing")
