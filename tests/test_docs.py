@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,12 @@ def test_every_page_is_in_the_navigation() -> None:
         return found
 
     assert files(site) == {page.name for page in PAGES}
+
+
+def test_the_architecture_page_lists_the_rooms() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## Contracts")[0]
+    rooms = {path.parent.name for path in (ROOT / "lit_align").glob("*/__init__.py")}
+    assert {name.strip("/") for name in re.findall(r"^\| `([\w/.]+)` \|", text, re.MULTILINE)} == {*rooms, "types.py"}
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)

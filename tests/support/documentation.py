@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from support.tiny import tiny_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from support.tiny import tiny_folder
 
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 CHATML = (
