@@ -12,6 +12,8 @@ import pytest
 import yaml
 from support.documentation import blocks, place
 
+import lit_align
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 README = ROOT / "README.md"
@@ -69,3 +71,9 @@ def test_every_command_runs_in_order(page: Path, tmp_path: Path) -> None:
             command = ["bash", "-eu", "-c", block.text]
             done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"{page.name}:\n{block.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    entries = re.findall(r"^::: [\w.]*\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    missing = {name for name in lit_align.__all__ if not name.startswith("__")} - set(entries)
+    assert not missing, "add `::: lit_align.ROOM.FILE.NAME` to docs/api.md"
