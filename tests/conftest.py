@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test talks to a network; the hub is told so before anything imports it.
@@ -26,3 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("LIT_ALIGN_DEPRECATIONS") == "error":
         filters = config.getini("filterwarnings")
         filters[:] = [line for line in filters if not line.startswith("default::")]
+
+
+@pytest.fixture
+def realdata(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of real data; ${LIT_ALIGN_DATA} stands for it in paths."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("LIT_ALIGN_DATA") or default)
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not there, and LIT_ALIGN_DATA names no other folder")
+    monkeypatch.setenv("LIT_ALIGN_DATA", str(folder))
+    return folder

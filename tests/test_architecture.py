@@ -25,7 +25,7 @@ BELOW = {
     "modules": {"utils", "types", "functional", "models", "rollout", "rewards"},
     "callbacks": LEARNING,
     "doctor": LEARNING,
-    "evaluation": LEARNING,
+    "evaluation": LEARNING | {"report"},
     "feedback": LEARNING | {"evaluation", "report"},
     # Plugs in through the doors that a user's own world would use; nothing below the command line knows of it.
     "sandbox": LEARNING | {"evaluation"},

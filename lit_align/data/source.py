@@ -96,8 +96,13 @@ class Source:
         """How metrics call it: without folders, endings and slashes."""
         return printable(self.label or self.name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0] or self.name)
 
-    def read(self, on_bad_row: OnBadRow, tally: Tally) -> Iterator[tuple[str, Row]]:
+    def read(self, on_bad_row: OnBadRow, tally: Tally, keep: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
         """Yield (where it stands, row in the one schema).
+
+        Args:
+            on_bad_row: raise an error, or skip and count.
+            tally: counts what happens to rows.
+            keep: columns of the file that each row carries along, whatever its format; a row without one is bad.
 
         Raises:
             BadRow: a row that does not fit, unless bad rows are to be skipped and counted.
@@ -116,8 +121,10 @@ class Source:
                 held = (reader if kind not in PREFERENCES else FORMATS[among_preferences(row, kind)])(watched)
                 if not held:  # a tree that nobody ranked, for one
                     tally["rows_with_nothing_to_learn"] += 1
+                if absent := [name for name in keep if name not in raw]:
+                    raise BadField(absent[0], missing(raw))
                 for read in held:
-                    yield f"{origin}, row {number}", read
+                    yield f"{origin}, row {number}", {**read, **{name: raw[name] for name in keep}}
             except BadField as problem:
                 error = BadRow(origin, number, self._as_in_file(problem))
                 if on_bad_row == "error":

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     scratch().save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture
-def realdata(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of real data; ${LIT_ALIGN_DATA} stands for it in paths."""
-    default = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("LIT_ALIGN_DATA") or default)
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is not there, and LIT_ALIGN_DATA names no other folder")
-    monkeypatch.setenv("LIT_ALIGN_DATA", str(folder))
-    return folder
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ A mutant that a test was seen to kill is named above it.
 from __future__ import annotations
 
 import json
-import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -96,15 +95,6 @@ def test_what_cannot_be_verified_is_an_error() -> None:
         NumericAnswer()(rollout(["#### 12"], [{"reference": "about a dozen"}]))
     with pytest.raises(ValueError, match=r"marker '\(' is no regular expression: missing \)"):
         NumericAnswer(marker="(")
-
-
-@pytest.fixture
-def realdata() -> Path:
-    default = Path(__file__).resolve().parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("LIT_ALIGN_DATA") or default)
-    if not folder.is_dir():
-        pytest.skip(f"no real data: {folder} is not there, and LIT_ALIGN_DATA names no other folder")
-    return folder
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
