@@ -1,4 +1,4 @@
-"""Returns and advantages of ragged episodes: one reward and one value per token, no padding.
+"""Returns and advantages of ragged episodes: one reward and one value per token, without padding.
 
 An episode is a run of equal, ascending `sequence_S`; its last token is terminal.
 """
@@ -44,7 +44,7 @@ def gae(
     Source: Schulman et al. 2016, "High-Dimensional Continuous Control Using GAE", equations 11 and 16.
     """
     row_S, column_S, longest = _grid(sequence_S, num_sequences)
-    # One episode a row, from the left: what follows its end is 0, as the value and the advantage there are.
+    # One episode per row, left-aligned. Rewards and values after its end are 0, so advantages there are 0 too.
     rewards_QT = rewards_S.new_zeros(num_sequences, longest)
     values_QT = values_S.new_zeros(num_sequences, longest + 1)
     rewards_QT[row_S, column_S] = rewards_S
@@ -66,9 +66,9 @@ def whiten(
 
     Args:
         values_S: shape (S,).
-        mean: mean to use instead of that of `values_S` (the mean over all ranks, say).
-        variance: likewise; the biased one, as in the original code.
-        shift_mean: False scales only, and leaves the mean where it was (rewards: their sign means something).
+        mean: mean to use instead of that of `values_S`, such as the mean over all ranks.
+        variance: variance to use, the biased one as in the original code.
+        shift_mean: False scales and keeps the mean, for rewards whose sign matters.
 
     Returns:
         Shape (S,).

@@ -1,4 +1,4 @@
-"""Who attends to whom in a row that holds several trees of tokens."""
+"""Attention masks for rows that hold several trees of tokens."""
 
 from __future__ import annotations
 
@@ -38,10 +38,9 @@ def tree_mask(tree_RN: Tensor, branch_RN: Tensor, positions_RN: Tensor, window: 
 
 
 def tree_rule(tree_RN: Tensor, branch_RN: Tensor, positions_RN: Tensor, window: int | None = None) -> Rule:
-    """The same mask as a question, row, head, query and key to yes or no: what FlexAttention compiles into its kernel.
+    """The mask of `tree_mask` as a function of row, head, query and key, for FlexAttention (Dong et al. 2024).
 
-    Its blocks that are all no are never computed, so that a row of many trees costs what the trees cost. FlexAttention:
-    Dong et al. 2024.
+    FlexAttention skips blocks that are masked everywhere, so a row of many trees costs as much as its trees.
 
     Args:
         tree_RN: see `tree_mask`.

@@ -1,7 +1,7 @@
-"""One score out of several: what the members of an ensemble of reward models say of an answer (M members).
+"""Combine the scores of an ensemble of M reward models into one score per completion.
 
-Where the members agree all three are the same score; where one of them is fooled, the mean believes it in part, the
-other two the less the more the others disagree.
+If the members agree, all three rules give the same score. If one member is fooled, the mean follows it in part; the
+worst case and the uncertainty-weighted score follow it less, the more the members disagree.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ def mean_score(score_MQ: Tensor) -> Tensor:
     """Mean over the members.
 
     Args:
-        score_MQ: what each member says of each answer, on one scale. Shape (M, Q).
+        score_MQ: score of each completion by each member, all on one scale. Shape (M, Q).
 
     Returns:
         Shape (Q,).
@@ -34,11 +34,11 @@ def worst_case_score(score_MQ: Tensor) -> Tensor:
 def uncertainty_weighted_score(score_MQ: Tensor, coef: float) -> Tensor:
     """Mean over the members, minus `coef` times their variance (UWO); see `mean_score`.
 
-    The variance is that of the members at hand (divided by M), in squared units of the score: the price of
-    disagreement depends on the scale.
+    The variance is the biased one (divided by M), in squared units of the score. The penalty therefore depends on the
+    scale of the scores.
 
     Args:
-        score_MQ: what each member says of each answer, on one scale. Shape (M, Q).
+        score_MQ: score of each completion by each member, all on one scale. Shape (M, Q).
         coef: lambda, in 1 / units of the score.
 
     Returns:

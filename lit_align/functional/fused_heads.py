@@ -1,7 +1,7 @@
-"""The work of `linear_logprobs` by kernels of others, where neither entropies nor a nucleus are asked for.
+"""`linear_logprobs` by torch's and Liger's kernels, without entropies and without a nucleus.
 
-Both make the logits a chunk at a time, hold none, and make them again in backward, when it is known how much each
-token's log-probability weighs: their forms that sum over tokens take gradients in forward, and serve a plain sum alone.
+Both compute logits in chunks, keep none, and recompute them in backward. Only the per-token forms are used: the forms
+that sum over tokens compute gradients in forward, so they support a plain sum of tokens and no weights.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def torch_logprobs(hidden_SH: Tensor, weight_VH: Tensor, target_S: Tensor, tempe
     """Log p(target) under a linear head without bias, by torch's `linear_cross_entropy`; from torch 2.13 on.
 
     Args:
-        hidden_SH: the states that predict, in fp32 or float64: what comes back has their type, and a log-probability
-            in half precision has two or three digits. Shape (S, H).
+        hidden_SH: hidden states in fp32 or float64. The result has their dtype; half precision would leave two or
+            three digits of a log-probability. Shape (S, H).
         weight_VH: the head, of the same type. Shape (V, H).
         target_S: token ids. Shape (S,).
         temperature: divides the logits; above 0.
@@ -33,26 +33,26 @@ def liger_logprobs(hidden_SH: Tensor, weight_VH: Tensor, target_S: Tensor, tempe
     """Log p(target) under a linear head without bias, by Liger's fused linear cross-entropy, which is in Triton.
 
     Args:
-        hidden_SH: the states that predict, S above 0. Shape (S, H).
+        hidden_SH: hidden states, S above 0. Shape (S, H).
         weight_VH: the head, of the same type. Shape (V, H).
         target_S: token ids. Shape (S,).
-        temperature: divides the logits; above 0. Of states in half precision 1: they would be rounded once more.
+        temperature: divides the logits; above 0. Must be 1 in half precision, where the division would round again.
 
     Returns:
-        Log-probabilities in nats, in fp32 whatever the type of the states. Shape (S,).
+        Log-probabilities in nats, always in fp32. Shape (S,).
 
     Source: Hsu et al. 2024, "Liger Kernel: Efficient Triton Kernels for LLM Training", section 3.2.
     """
     from liger_kernel.ops import LigerFusedLinearCrossEntropyFunction
 
     cooled_SH = _cooled(hidden_SH, temperature)
-    # The arguments go by position: no bias, no weights of words, which target to ignore, no penalty on large logits, no
-    # smoothing, one number a token, no cap; and the matrix's gradient is added up in fp32, where bf16 would lose parts.
+    # By position: bias, class weights, ignore_index, z-loss, label smoothing, reduction, softcap, return_z_loss, and
+    # the dtype that accumulates the head's gradient: fp32, because bf16 would round small terms away.
     options = None, None, -100, 0.0, 0.0, "none", None, False, torch.float32
     loss_S, *_ = LigerFusedLinearCrossEntropyFunction.apply(cooled_SH, weight_VH, target_S, *options)
     return -loss_S
 
 
 def _cooled(hidden_SH: Tensor, temperature: float) -> Tensor:
-    """States whose logits are divided by the temperature: a pass over S x H, not S x V."""
+    """Divide the hidden states by the temperature: S x H work instead of S x V."""
     return hidden_SH if temperature == 1.0 else hidden_SH / temperature

@@ -1,4 +1,4 @@
-"""Rows read from a matrix, with the same gradient every time."""
+"""Index rows of a matrix with a deterministic gradient."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch.nn.functional import embedding
 
 
 def read_rows(matrix_MH: Tensor, read_S: Tensor) -> Tensor:
-    """`matrix_MH[read_S]`, for rows that are read more than once.
+    """`matrix_MH[read_S]`, deterministic in backward.
 
-    The gradient of an index is added up on a CPU by threads as they come: of a row that is read three times it differs
-    in its last digit from run to run. That of an embedding is added up in order.
+    On a CPU, threads accumulate the gradient of an index in any order, so the gradient of a row that is read three
+    times differs in its last digit from run to run. An embedding accumulates in order.
 
     Args:
         matrix_MH: shape (M, H).
-        read_S: which rows. Shape (S,).
+        read_S: indices of rows. Shape (S,).
 
     Returns:
         Shape (S, H).

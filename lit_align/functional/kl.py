@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergence from a reference: exact, estimated from samples, and the controller of its price."""
+"""Kullback-Leibler divergence from a reference: exact, estimated from samples, and an adaptive coefficient."""
 
 from __future__ import annotations
 
@@ -27,11 +27,17 @@ def exact_kl(logps_SV: Tensor, reference_SV: Tensor) -> Tensor:
 def estimate_kl(logps_S: Tensor, reference_S: Tensor, estimator: KLEstimator = "k1") -> Tensor:
     """Estimate KL(p || q) per token from tokens drawn from p, in nats.
 
-    With r = q / p: k1 = -log r is unbiased and can be negative; k2 = (log r)^2 / 2 is biased and never negative;
-    k3 = r - 1 - log r is unbiased and never negative. As a *loss* they differ again: the expected gradient of k1 is 0,
-    that of k2 is the gradient of the KL, that of k3 is the gradient of the reverse one, KL(q || p). k3+ is k3 with the
-    gradient of k2. All of that is of one token given those before it: as a loss, a token pays for its own KL and not
-    for the KL of what it leads to, so the optimum is not that of KL in the reward.
+    With r = q / p:
+
+    | estimator | value | bias | can be negative | expected gradient, as a loss |
+    |---|---|---|---|---|
+    | k1 | -log r | none | yes | 0 |
+    | k2 | (log r)^2 / 2 | yes | no | gradient of KL(p, q) |
+    | k3 | r - 1 - log r | none | no | gradient of KL(q, p) |
+    | k3+ | k3 | none | no | gradient of KL(p, q), as k2 |
+
+    These hold for one token given the tokens before it. As a loss, a token pays for its own KL and not for the KL of
+    the tokens it leads to, so the optimum differs from that of a KL penalty in the reward.
 
     Args:
         logps_S: log p of the sampled tokens. Shape (S,).
@@ -63,17 +69,17 @@ def estimate_kl(logps_S: Tensor, reference_S: Tensor, estimator: KLEstimator = "
 
 
 def best_of_n_kl(n: int) -> float:
-    """How far best-of-n is from the policy it samples, in nats: log n - (n - 1) / n.
+    """KL(best-of-n || sampling policy) in nats: log n - (n - 1) / n.
 
-    Exact where no two answers are equal and none scores as another; an upper bound in general.
+    Exact if no two completions are equal and no two scores tie; an upper bound in general.
 
     Args:
-        n: answers that the best is chosen from.
+        n: number of completions that the best is chosen from.
 
     Raises:
         ValueError: n below 1.
 
-    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix G.3; that it is a bound: Beirami
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix G.3; the bound: Beirami
     et al. 2024, "Theoretical guarantees on the best-of-n alignment policy", theorem 1.
     """
     if n < 1:
@@ -85,14 +91,14 @@ def adapt_kl_coefficient(coefficient: float, kl: float, target: float, horizon: 
     """One update of the adaptive KL controller.
 
     Args:
-        coefficient: price of a nat of KL now.
-        kl: mean KL of a sequence in the last rollout, in nats.
-        target: KL wanted, in nats; above 0.
-        horizon: episodes over which the largest error that counts, 20 %, moves the price by 20 %.
-        episodes: how many episodes the last rollout had.
+        coefficient: current KL coefficient, per nat.
+        kl: mean KL per sequence in the last rollout, in nats.
+        target: target KL per sequence, in nats; above 0.
+        horizon: episodes over which a clipped error of 20 % changes the coefficient by 20 %.
+        episodes: episodes in the last rollout.
 
     Returns:
-        The new coefficient. The proportional error is clipped to +-20 %, so one bad rollout cannot move it far.
+        The new coefficient. The proportional error is clipped to +-20 %, so one bad rollout changes it little.
 
     Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
     """

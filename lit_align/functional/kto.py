@@ -1,6 +1,6 @@
-"""KTO: answers that are wanted or not, each for itself, and not in pairs.
+"""KTO: completions that are desirable or undesirable, judged one by one instead of in pairs.
 
-Log-ratios are those of policy and reference, *sums over the tokens of an answer*, in nats.
+A log-ratio is log policy - log reference, *summed over the tokens of a completion*, in nats.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def verdicts(rank_Q: Tensor, example_Q: Tensor) -> Tensor:
-    """What KTO knows of an answer: 1 desirable, -1 undesirable, 0 neither.
+    """KTO's label of each completion: 1 desirable, -1 undesirable, 0 neither.
 
-    Of several answers to a prompt those are desirable that beat more of the others than they lose to; the middle one of
-    three, or each of a tie of all, is neither. So a pair is one of each. A lone answer has nobody to beat, and its rank
-    is the verdict: desirable at 0 or below.
+    Among several completions of a prompt, one is desirable if it beats more of the others than it loses to, undesirable
+    if it loses to more. The middle one of three and all members of a complete tie are neither. A pair therefore gives
+    one of each. The rank of a lone completion is its label: desirable at 0 or below.
 
     Args:
-        rank_Q: rank of each answer, lower is better. Shape (Q,).
-        example_Q: prompt of each answer. Shape (Q,).
+        rank_Q: rank of each completion, lower is better. Shape (Q,).
+        example_Q: prompt of each completion. Shape (Q,).
 
     Returns:
         Shape (Q,).
@@ -37,19 +37,19 @@ def kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """1 - sigmoid(+-beta (log-ratio - z)), + for desirable answers and - for undesirable ones.
+    """1 - sigmoid(+-beta (log-ratio - z)), + for desirable completions and - for undesirable ones.
 
     Args:
-        log_ratio_Q: log policy / reference of each answer. Shape (Q,).
+        log_ratio_Q: log policy / reference of each completion. Shape (Q,).
         verdict_Q: see `verdicts`; 0 gives the loss 0. Shape (Q,).
         reference_point: z, an estimate of KL(policy || reference), at least 0 and without gradient: the mean log-ratio
-            of prompts with answers to *other* prompts. That of the answers themselves would be their mean reward.
+            of prompts paired with completions of *other* prompts. Their own completions would give the mean reward.
         beta: how fast the loss saturates on both sides of z.
         desirable_weight: lambda_D.
         undesirable_weight: lambda_U.
 
     Returns:
-        Shape (Q,), between 0 and the weight, and not in nats.
+        Shape (Q,), without unit, between 0 and the weight.
 
     Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", equations 7 and 8.
     """
@@ -68,16 +68,17 @@ def ranked_kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
-    """Mean of `kto_loss` over the answers of each prompt that `verdicts` judges desirable or undesirable.
+    """Mean of `kto_loss` over the desirable and undesirable completions of each prompt.
 
-    A mean, so that a prompt with nine answers does not outvote one with two; a prompt without any judged answer gets 0.
+    The mean keeps a prompt with nine completions from outvoting one with two. A prompt without labelled completions
+    gets 0.
 
     Args:
-        log_ratio_Q: log policy / reference of each answer. Shape (Q,).
-        rank_Q: rank of each answer, lower is better. Shape (Q,).
-        example_Q: prompt of each answer. Shape (Q,).
+        log_ratio_Q: log policy / reference of each completion. Shape (Q,).
+        rank_Q: rank of each completion, lower is better. Shape (Q,).
+        example_Q: prompt of each completion. Shape (Q,).
         num_examples: E.
-        reference_point: see `kto_loss`, as for what follows.
+        reference_point: z; see `kto_loss`.
         beta: how fast the loss saturates.
         desirable_weight: lambda_D.
         undesirable_weight: lambda_U.

@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of scored tokens, in nats.
 
-Numbers leave this file in fp32 (float64 stays float64), whatever precision the model ran in: a log-probability in
-bfloat16 has two or three digits, and a ratio of two of them has none.
+Results are fp32 (float64 stays float64), whatever precision the model ran in: a log-probability in bfloat16 has two or
+three digits, and a ratio of two of them has none.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from torch import Tensor
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Half precision to fp32; fp32 and float64 as they are."""
+    """Convert half precision to fp32; keep fp32 and float64."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def shape_logits(
     logits_SV: Tensor, temperature: float = 1.0, top_p: float = 1.0, keep_S: Tensor | None = None
 ) -> Tensor:
-    """Logits of the distribution that is sampled from: temperature, then nucleus.
+    """Logits of the sampling distribution: temperature first, then the nucleus.
 
-    The same function serves the sampler and the scorer, so a completion is scored under the very distribution that it
-    was drawn from; scoring raw logits of tempered samples makes the policy gradient off-policy from the first step.
+    The sampler and the scorer share this function, so a completion is scored under the distribution that it was drawn
+    from. Scoring raw logits of tempered samples would make the policy gradient off-policy from the first step.
 
     Args:
         logits_SV: raw logits. Shape (S, V).
         temperature: divides the logits; above 0.
         top_p: keep the smallest set of most probable tokens whose mass reaches this; in (0, 1].
-        keep_S: token to keep whatever its rank, so that the score of a token drawn from an older policy stays finite.
+        keep_S: token to keep even outside the nucleus, so that a token drawn from an older policy has a finite score.
             Shape (S,).
 
     Returns:
@@ -47,7 +47,7 @@ def shape_logits(
         return logits_SV
     sorted_SV, order_SV = logits_SV.sort(dim=-1, descending=True)
     probs_SV = sorted_SV.softmax(-1)
-    # A token is dropped when the mass *before* it already reaches top_p: the most probable one always stays.
+    # Drop a token if the mass *before* it already reaches top_p; the most probable token always stays.
     drop_sorted_SV = probs_SV.cumsum(-1) - probs_SV >= top_p
     drop_SV = torch.zeros_like(drop_sorted_SV).scatter(-1, order_SV, drop_sorted_SV)
     if keep_S is not None:
@@ -97,7 +97,7 @@ def sum_by_sequence(values_S: Tensor, sequence_S: Tensor, num_sequences: int) ->
 
 
 def add_at_ends(values_S: Tensor, ends_Q: Tensor, sequence_S: Tensor) -> Tensor:
-    """Add a value per sequence to its last scored token; where a sequence has none, nowhere.
+    """Add a value per sequence to its last scored token; a sequence without scored tokens is skipped.
 
     Args:
         values_S: shape (S,).
@@ -108,5 +108,5 @@ def add_at_ends(values_S: Tensor, ends_Q: Tensor, sequence_S: Tensor) -> Tensor:
         Shape (S,).
     """
     tokens_Q = torch.bincount(sequence_S, minlength=len(ends_Q))
-    said_Q = tokens_Q > 0
-    return values_S.index_add(0, tokens_Q.cumsum(0)[said_Q] - 1, ends_Q[said_Q])
+    scored_Q = tokens_Q > 0
+    return values_S.index_add(0, tokens_Q.cumsum(0)[scored_Q] - 1, ends_Q[scored_Q])

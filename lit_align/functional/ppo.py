@@ -1,4 +1,4 @@
-"""Proximal policy optimisation: the clipped losses, per token, and how tokens make one loss."""
+"""Proximal policy optimisation: clipped losses per token, and the weights that sum tokens into one loss."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def ppo_policy_loss(
         logps_S: log-probabilities under the policy that is trained. Shape (S,).
         old_logps_S: log-probabilities under the policy that sampled. Shape (S,).
         advantages_S: shape (S,).
-        clip: epsilon; above 0.
-        clip_high: epsilon above 1; None for `clip` on both sides. A larger one lets rare tokens grow (clip-higher).
-        dual_clip: c, above 1: where A < 0 the loss is at most -c A, so that a token whose ratio has exploded does not
-            take over the step (its gradient is then 0); None for no such limit.
+        clip: epsilon, above 0.
+        clip_high: epsilon above 1; None uses `clip` on both sides. A larger one lets rare tokens grow (clip-higher).
+        dual_clip: c, above 1: where A < 0 the loss is at most -c A, and its gradient is then 0. A token whose ratio has
+            exploded cannot dominate the step. None for no limit.
 
     Returns:
         Loss of each token. Shape (S,).
@@ -51,7 +51,7 @@ def ppo_value_loss(values_S: Tensor, old_values_S: Tensor, returns_S: Tensor, cl
         values_S: values under the model that is trained. Shape (S,).
         old_values_S: values when the rollout was scored. Shape (S,).
         returns_S: targets. Shape (S,).
-        clip: how far a value may move from its old one before it stops earning; None for no clipping.
+        clip: maximum useful change of a value from its old one; None for no clipping.
 
     Returns:
         Loss of each token. Shape (S,).
@@ -68,19 +68,19 @@ def ppo_value_loss(values_S: Tensor, old_values_S: Tensor, returns_S: Tensor, cl
 def aggregation_weights(
     sequence_S: Tensor, num_sequences: int, aggregation: LossAggregation = "token", length: int = 1
 ) -> tuple[Tensor, int]:
-    """How much each token counts: the loss is the weighted sum over all tokens of an optimizer step, over all counts.
+    """Weight of each token: an optimizer step's loss is the weighted sum over its tokens divided by the sum of counts.
 
     Args:
         sequence_S: sequence of each token, ascending. Shape (S,).
         num_sequences: Q.
-        aggregation: token, the mean over all tokens, gives a long answer more weight (PPO, DAPO); sequence, the mean
-            over sequences of their own means, makes a token of a long answer count less (GRPO); constant, the sum over
-            a sequence's tokens divided by `length`, averaged over sequences, is the policy gradient itself up to a
-            constant (Dr. GRPO).
-        length: of constant; the longest answer there can be, say.
+        aggregation: `token` is the mean over all tokens; long completions weigh more (PPO, DAPO). `sequence` is the
+            mean over sequences of their token means; a token of a long completion weighs less (GRPO). `constant` sums
+            the tokens of a sequence, divides by `length`, and averages over sequences: the policy gradient itself up
+            to a constant (Dr. GRPO).
+        length: divisor of `constant`, such as the maximum completion length in tokens.
 
     Returns:
-        Weights of shape (S,) and the count that is to divide their sum: S for token, otherwise Q.
+        Weights, shape (S,), and the count that divides their sum: S for `token`, otherwise Q.
 
     Raises:
         ValueError: unknown aggregation.
@@ -109,27 +109,27 @@ def explained_variance(values_S: Tensor, returns_S: Tensor) -> Tensor:
     """1 - Var(return - value) / Var(return): 1 is perfect, 0 no better than a constant, below 0 worse.
 
     Returns:
-        A scalar; NaN when all returns are equal, as there is then nothing to explain.
+        A scalar; NaN if all returns are equal.
     """
     variance = returns_S.var(unbiased=False)
     residual = (returns_S - values_S).var(unbiased=False)
-    # The variance of equal numbers is seldom exactly 0: their mean is rounded.
+    # Compare values, not the variance: rounding of the mean leaves a variance just above 0.
     return torch.where((returns_S != returns_S[:1]).any(), 1.0 - residual / variance, torch.nan)
 
 
 def off_policy_drift(logps_S: Tensor, sampled_S: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the policy that is trained is from what its engine drew from, though both should be one.
+    """Difference between the trained policy and the engine that sampled from it; they should be equal.
 
-    Other kernels, another precision or a cache in another order move every log-probability a little; weights that were
-    not taken over, or a temperature that one of the two does not know, move them a lot.
+    Different kernels, precision or cache order change every log-probability a little. Weights that were not
+    synchronised, or a temperature that only one of the two applies, change them a lot.
 
     Args:
-        logps_S: log-probabilities of the sampled tokens by the policy before the first step. Shape (S,).
-        sampled_S: those that the engine says it drew them with. Shape (S,).
+        logps_S: log-probabilities of the sampled tokens under the policy before the first update. Shape (S,).
+        sampled_S: log-probabilities that the engine reported when it sampled them. Shape (S,).
 
     Returns:
-        Of each token the ratio of the former probability to the latter, and 1.0 where it is outside [0.9, 1.1], 0.0
-        elsewhere. Shapes (S,).
+        Probability ratio of each token (policy over engine), and 1.0 where it is outside [0.9, 1.1], else 0.0. Each of
+        shape (S,).
     """
     ratio_S = (logps_S - sampled_S).exp()
     return ratio_S, ((ratio_S < 0.9) | (ratio_S > 1.1)).to(ratio_S)

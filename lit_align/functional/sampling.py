@@ -1,33 +1,33 @@
-"""Tokens drawn from distributions."""
+"""Draw tokens from distributions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BLOCK = 128  # tokens that are summed together
+BLOCK = 128  # tokens per block of the two-level search
 
 
 def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a token from each distribution, by inverting its cumulative distribution.
+    """Draw a token from each distribution by inverting its cumulative distribution.
 
-    One random number a row, where `torch.multinomial` takes one for every token of the vocabulary: on a CPU those were
-    half the time of sampling. First a block of tokens is found, then the token in it, so that sums are kept of a few
-    hundred numbers a row and not of the whole vocabulary.
+    This takes one random number per row; `torch.multinomial` takes one per token of the vocabulary, which was half the
+    time of sampling on a CPU. The search finds a block of tokens first and then the token in it, so it sums a few
+    hundred numbers per row instead of the whole vocabulary.
 
     Args:
         probs_BV: need not add up to 1. Shape (B, V).
         generator: on the device of `probs_BV`.
 
     Returns:
-        Token ids, shape (B,); never one of probability 0. Of a row with a NaN any token, for the caller to refuse: an
-        index outside the row would end the CUDA context, and to look for one here would wait for the device.
+        Token ids, shape (B,); never a token of probability 0. A row with a NaN gives an arbitrary token, and the caller
+        must check: an index out of range would end the CUDA context, and a check here would wait for the device.
     """
-    # Sums of 100,000 fp32 numbers are off in the fourth digit of the small ones; only MPS has nothing better.
+    # A sum of 100,000 fp32 numbers loses the fourth digit of the small ones. MPS has no float64.
     dtype = torch.float32 if probs_BV.device.type == "mps" else torch.float64
     uniform_B1 = torch.rand(len(probs_BV), 1, generator=generator, device=probs_BV.device, dtype=dtype)
     spare = -probs_BV.shape[1] % BLOCK
-    # Padding by nothing would copy all the same.
+    # `pad` copies even if there is nothing to pad.
     padded_BV = torch.nn.functional.pad(probs_BV, (0, spare)) if spare else probs_BV
     probs_BKC = padded_BV.unflatten(1, (-1, BLOCK))
     mass_BK = probs_BKC.sum(-1).to(dtype)
@@ -44,5 +44,5 @@ def draw(probs_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 
 def _inside(point_B1: Tensor, total_B1: Tensor) -> Tensor:
-    """Below the total: rounding may take a point up to it, which lies behind the last token."""
+    """Keep the point below the total: rounding could move it to the total, which lies behind the last token."""
     return torch.minimum(point_B1, total_B1.nextafter(torch.zeros_like(total_B1)))

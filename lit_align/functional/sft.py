@@ -12,12 +12,11 @@ LossName = Literal["nll", "dft"]
 
 
 def sft_loss(logps_S: Tensor) -> tuple[Tensor, int]:
-    """Sum of negative log-likelihoods, and how many tokens it is a sum of.
+    """Sum of negative log-likelihoods, and the number of tokens in the sum.
 
-    The two leave separately: a mean per micro-batch, averaged over micro-batches, weighs a token by the length of the
-    micro-batch it happened to fall in (10 % off on ragged data). The caller divides once per optimizer step, by the
-    count over all micro-batches and ranks. PPO-ptx (Ouyang et al. 2022, equation 2) adds this same loss, on
-    pretraining text, to PPO's.
+    Sum and count are returned separately. A mean per micro-batch, averaged over micro-batches, would weigh a token by
+    the length of its micro-batch (10 % off on ragged data). The caller divides once per optimizer step, by the count
+    over all micro-batches and ranks. PPO-ptx (Ouyang et al. 2022, equation 2) adds this loss on pretraining text.
 
     Args:
         logps_S: log-probability of each scored token, in nats. Shape (S,).
@@ -29,10 +28,10 @@ def sft_loss(logps_S: Tensor) -> tuple[Tensor, int]:
 
 
 def dft_loss(logps_S: Tensor) -> tuple[Tensor, int]:
-    """Dynamic fine-tuning: each token's negative log-likelihood, weighed by its probability, which gets no gradient.
+    """Dynamic fine-tuning: negative log-likelihood of each token, weighted by its (detached) probability.
 
-    The gradient of the plain loss is a policy gradient whose reward is divided by the probability of the
-    demonstration: what the model finds unlikely pulls hardest. The weight takes that division back.
+    The gradient of the plain loss is a policy gradient with a reward of 1 / p(token): unlikely tokens pull hardest. The
+    weight cancels that division.
 
     Source: Wu et al. 2025, "On the Generalization of SFT", the loss by tokens; TRL's `loss_type="dft"`.
 
@@ -40,7 +39,7 @@ def dft_loss(logps_S: Tensor) -> tuple[Tensor, int]:
         logps_S: log-probability of each scored token, in nats. Shape (S,).
 
     Returns:
-        Sum (a scalar) and the number of tokens, as `sft_loss`.
+        Sum (a scalar) and the number of tokens, like `sft_loss`.
     """
     return -(logps_S.detach().exp() * logps_S).sum(), logps_S.numel()
 
@@ -59,7 +58,7 @@ def neftune_noise(like_LH: Tensor, alpha: float, generator: torch.Generator) -> 
         generator: on the device of the embeddings.
 
     Returns:
-        Noise alone. Shape (L, H).
+        The noise to add. Shape (L, H).
     """
     noise_LH = torch.rand(like_LH.shape, dtype=like_LH.dtype, device=like_LH.device, generator=generator)
     return (2.0 * noise_LH - 1.0) * (alpha / math.sqrt(like_LH.numel()))

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 import lit_align.functional.head
-from lit_align.functional.head import linear_logprobs
-from lit_align.functional.logprobs import shape_logits, token_entropies, token_logprobs
+from lit_align.functional.head import linear_logprobs, reference_logprobs
+from lit_align.functional.logprobs import shape_logits, token_entropies
 
 S, H, V = 11, 5, 17
 
@@ -18,11 +18,6 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, torch.randint(0, V, (S,), generator=seeded)
 
 
-def dense(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    logits = shape_logits(hidden @ weight.T, temperature, top_p, keep_S=target)
-    return token_logprobs(logits, target), token_entropies(logits)
-
-
 # Kills: the last, shorter chunk dropped; temperature left out of either gradient; onehot or p with the wrong sign;
 # chunks of the weight's gradient overwritten, not added; a nucleus of the whole in backward.
 @pytest.mark.parametrize("hold", [4, 5, None])
@@ -32,7 +27,7 @@ def test_scores_entropies_and_gradients_are_those_of_all_logits(
     chunk: int, temperature: float, top_p: float, hold: int | None
 ) -> None:
     hidden, weight, target = inputs()
-    expected, entropies = dense(hidden, weight, target, temperature, top_p)
+    expected, entropies = reference_logprobs(hidden, weight, target, temperature, top_p)
     expected_gradients = torch.autograd.grad((expected * torch.arange(S)).sum(), (hidden, weight))
     got, spread = linear_logprobs(hidden, weight, target, temperature, top_p, entropies=True, chunk=chunk, hold=hold)
     assert spread is not None
@@ -53,7 +48,7 @@ def test_entropies_are_the_same_whatever_is_trained(
         part.requires_grad_(i in trained)
     with torch.set_grad_enabled(learning):
         _, spread = linear_logprobs(*parts, target, 0.6, top_p, entropies=True, chunk=4)
-    exact = dense(*(part.detach().to(torch.float64) for part in parts), target, 0.6, top_p)[1]
+    exact = reference_logprobs(*(part.detach().to(torch.float64) for part in parts), target, 0.6, top_p)[1]
     assert spread is not None
     assert (spread - exact).abs().max() < off
 
@@ -107,7 +102,7 @@ def test_only_what_is_trained_gets_a_gradient(frozen: int, hold: int | None) -> 
     parts = hidden, weight
     parts[frozen].requires_grad_(False)
     trained = parts[1 - frozen]
-    expected = torch.autograd.grad(dense(hidden, weight, target, 1.0, 1.0)[0].sum(), trained)[0]
+    expected = torch.autograd.grad(reference_logprobs(hidden, weight, target, 1.0, 1.0)[0].sum(), trained)[0]
     linear_logprobs(hidden, weight, target, chunk=4, hold=hold)[0].sum().backward()
     assert parts[frozen].grad is None
     assert trained.grad is not None
@@ -123,7 +118,7 @@ def test_half_precision_is_added_up_in_single() -> None:
     assert weight.grad is not None
     assert weight.grad.dtype == torch.bfloat16
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    dense(exact_hidden, exact_weight, target, 1.0, 1.0)[0].sum().backward()
+    reference_logprobs(exact_hidden, exact_weight, target, 1.0, 1.0)[0].sum().backward()
     assert exact_weight.grad is not None
     assert (weight.grad - exact_weight.grad).abs().max() < 0.02
 
@@ -139,7 +134,7 @@ def test_small_probabilities_count_in_fp16() -> None:
     scale = 2.0**14
     (logps[0] * scale).backward()
     exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
-    dense(exact_hidden, exact_weight, target, 1.0, 1.0)[0][0].backward()
+    reference_logprobs(exact_hidden, exact_weight, target, 1.0, 1.0)[0][0].backward()
     assert weight.grad is not None
     assert exact_weight.grad is not None
     torch.testing.assert_close(weight.grad[0].double() / scale, exact_weight.grad[0], rtol=0.02, atol=1e-3)
@@ -201,7 +196,7 @@ def test_what_is_next_to_impossible_has_a_finite_score(scale: float) -> None:
     hidden, weight, target = inputs(torch.float32)
     scaled = (hidden.detach() * scale).requires_grad_()
     got, spread = linear_logprobs(scaled, weight, target, entropies=True, chunk=4)
-    expected, entropies = dense(scaled.double(), weight.double(), target, 1.0, 1.0)
+    expected, entropies = reference_logprobs(scaled.double(), weight.double(), target, 1.0, 1.0)
     assert expected.min() < -100
     assert spread is not None
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-4)
