@@ -34,7 +34,7 @@ class CombinedReward(Reward):
         if len(set(names)) != len(rewards) or len(names) != len(rewards):
             raise ValueError(f"{type(self).__name__} has {len(rewards)} rewards and the names {', '.join(names)}")
         if hidden := [name for name in names if unseen(name)]:
-            raise ValueError(f"{type(self).__name__}: the name {hidden[0]!r} holds characters that cannot be seen")
+            raise ValueError(f"{type(self).__name__}: the name {hidden[0]!r} holds invisible characters")
         self.rewards = nn.ModuleList(rewards)
         self.names = names
         self._said: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The cache of what can be computed again: where it is, and whether it can be written to."""
+"""Find the cache folder, and check that it is writable. A cache only holds what can be recomputed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """Where a kind of what can be computed again is kept: in LIT_ALIGN_CACHE, or in the cache folder of the user."""
+    """Folder of one kind of cached data: below LIT_ALIGN_CACHE, or below ~/.cache/lit_align."""
     return Path(os.environ.get("LIT_ALIGN_CACHE") or Path.home() / ".cache" / "lit_align") / name
 
 
 def can_keep(folder: Path, otherwise: str) -> bool:
-    """Whether the cache can be written to, with a warning where it cannot.
+    """Check that a cache folder is writable; warn if it is not.
 
     Args:
-        folder: made if it is not there.
-        otherwise: what happens where nothing is kept.
+        folder: the folder; it is created.
+        otherwise: what happens without a cache, for the warning.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

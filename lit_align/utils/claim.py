@@ -1,13 +1,13 @@
 """Claims: one run at a time writes into a folder.
 
-A claim is the file `.lit-align.lock` in the folder, with the process that made it. The file appears at once with its
-content, by a hard link, which succeeds for one process alone, on network file systems too. It goes when the run ends.
+A claim is a file `.lit-align.lock` in the folder that names its owner process. A hard link creates the file together
+with its content, and it succeeds for exactly one process, on network file systems too. The run removes it at its end.
 
-A run that was killed leaves its claim behind. On the same machine the process table shows that its owner is gone. A
-claim of another machine, or of another container, is alive while its file is touched, as its owner does every few
-seconds: the clocks of the machines are not compared.
+A killed run leaves its claim behind. On the same machine, the process table shows that the owner is gone. A claim from
+another machine or container counts as alive while its file is touched: the owner touches it every few seconds. Clocks
+of different machines are never compared.
 
-The processes of one run share its claim: rank 0 makes it, the others look up which folder rank 0 has.
+The processes of one run share a claim: rank 0 makes it, and the other ranks look up the folder that rank 0 claimed.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from pathlib import Path
 from typing import Any
 
 LOCK = ".lit-align.lock"
-_FOLDERS = "LIT_ALIGN_CLAIMED"  # for processes that rank 0 starts: the folder asked for -> the folder claimed
+_FOLDERS = "LIT_ALIGN_CLAIMED"  # JSON for processes that rank 0 starts: requested folder -> claimed folder
 
 BEAT = 15.0  # seconds between two touches
-SILENCE = 75.0  # seconds without a touch after which an owner elsewhere is taken for dead; caches of NFS hold 60 s
+SILENCE = 75.0  # seconds without a touch until an owner elsewhere counts as dead; NFS caches for up to 60 s
 FOLLOW = 120.0  # seconds that other ranks wait for rank 0
 
 
 class InUseError(ValueError):
-    """Another run has the folder."""
+    """Another run holds the folder."""
 
 
 class Claim:
     """The right to write into a folder, until `release`.
 
     Args:
-        folder: which.
-        made: folders that were made for it, the innermost first; those that are empty at the end go again.
-        text: what the lock file holds; null for a process that shares the claim of rank 0.
+        folder: the claimed folder.
+        made: folders created for the claim, innermost first. `release` removes the empty ones.
+        text: content of the lock file; None in a process that shares the claim of rank 0.
     """
 
     def __init__(self, folder: Path, made: list[Path], text: str | None) -> None:
@@ -50,7 +50,7 @@ class Claim:
         self._pid = os.getpid()
 
     def release(self) -> None:
-        """Give the folder back; in a forked child, and a second time, this does nothing."""
+        """Release the folder. A second call and a call in a forked child do nothing."""
         if self.text is None or os.getpid() != self._pid:
             return
         lock = self.folder / LOCK
@@ -60,7 +60,7 @@ class Claim:
         self.text = None
         with contextlib.suppress(ValueError):
             _HELD.remove(self)
-        with contextlib.suppress(OSError):  # one that is not empty stays
+        with contextlib.suppress(OSError):  # keep folders that are not empty
             for folder in self.made:
                 folder.rmdir()
 
@@ -70,15 +70,15 @@ _HEART = threading.Lock()
 
 
 def take(folder: Path, wait: bool = False, say: Callable[[str], None] = print) -> Claim:
-    """Claim a folder; it is made if it is not there.
+    """Claim a folder, and create it if it does not exist.
 
     Args:
-        folder: which.
-        wait: for `SILENCE` seconds, to see whether an owner on another machine is alive.
-        say: tells the user about the wait.
+        folder: the folder to claim.
+        wait: wait up to `SILENCE` seconds to find out whether an owner on another machine is alive.
+        say: prints a line about the wait.
 
     Raises:
-        InUseError: another run has it; names the process and the way out.
+        InUseError: another run holds the folder; the message names the process and the way out.
         OSError: the folder cannot be written to.
     """
     if other_rank():
@@ -103,7 +103,7 @@ def take(folder: Path, wait: bool = False, say: Callable[[str], None] = print) -
 
 
 def taken(folder: Path) -> bool:
-    """Claim a folder if no other run has it; until `released` ends."""
+    """Claim a folder if no other run holds it, until `released` ends. Returns whether it succeeded."""
     try:
         take(folder)
     except InUseError:
@@ -113,7 +113,7 @@ def taken(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def released() -> Iterator[None]:
-    """Release at the end what was claimed within."""
+    """Release, at the end, all claims made inside the block."""
     before, told = list(_HELD), os.environ.get(_FOLDERS)
     try:
         yield
@@ -127,7 +127,7 @@ def released() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold a folder; see `take` with `wait`."""
+    """Hold a folder inside the block; see `take` with `wait`."""
     claim = take(folder, wait=True, say=say)
     try:
         yield
@@ -135,26 +135,26 @@ def held(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         claim.release()
 
 
-# Several processes of one run.
+# Ranks of one run.
 
 
 def other_rank() -> bool:
-    """Whether this is a process of a distributed run that is not its first."""
+    """True in a process of a distributed run other than rank 0."""
     rank = next((os.environ[name] for name in _RANKS if name in os.environ), "0")
     return (rank.isdigit() and int(rank) > 0) or os.environ.get("NODE_RANK", "0") not in ("", "0")
 
 
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # Lightning looks at these, in this order
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in the order that Lightning checks them
 
 
 def share(asked: Path, got: Path) -> None:
-    """Tell processes that this one starts which folder the run has."""
+    """Pass the claimed folder on to processes that this process starts."""
     told = json.loads(os.environ.get(_FOLDERS) or "{}")
     os.environ[_FOLDERS] = json.dumps({**told, str(asked): str(got)})
 
 
 def follow(asked: Path) -> Path | None:
-    """The folder that rank 0 has claimed, for the other ranks; waits for it. None if there is no way to know."""
+    """Wait for rank 0 and return the folder that it claimed. None if this rank cannot find out."""
     if (told := json.loads(os.environ.get(_FOLDERS) or "{}")).get(str(asked)):
         return Path(told[str(asked)])
     run, end = _run(), time.monotonic() + FOLLOW
@@ -169,7 +169,7 @@ def follow(asked: Path) -> Path | None:
 
 
 def _run() -> str | None:
-    """A name that the processes of one distributed run have in common."""
+    """An identifier shared by the processes of one distributed run; None outside of one."""
     names: tuple[str, ...] = ("MASTER_ADDR", "MASTER_PORT")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", *names)
@@ -179,7 +179,7 @@ def _run() -> str | None:
     return " ".join(values) if any(values) else None
 
 
-# One process against another.
+# One run against another.
 
 
 def _me() -> dict[str, Any]:
@@ -196,7 +196,7 @@ def _me() -> dict[str, Any]:
 
 
 def _system() -> str:
-    """What two processes have in common that see the same process table: this boot, this container."""
+    """Identify the process table: equal for processes of one boot in one container."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
@@ -205,27 +205,27 @@ def _system() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When a process began, in the kernel's units, which tells it from a later one with its number; None at its end."""
+    """Start time of a process in kernel units: tells reused process ids apart. None if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        # Killed, and not yet waited for by its parent: it writes nothing any more.
+        # A zombie is dead: it only waits for its parent to read its exit status.
         return None if fields[0] in ("Z", "X") else fields[19]
     except (OSError, IndexError):
         return None
 
 
 def _alive(owner: dict[str, Any]) -> bool | None:
-    """Whether the owner of a claim is there; None if that cannot be seen from here."""
+    """Whether the owner of a claim is alive; None if this machine cannot tell."""
     job = os.environ.get("SLURM_JOB_ID")
     if job and owner.get("job") == job and owner.get("restart") != os.environ.get("SLURM_RESTART_COUNT"):
-        return False  # SLURM ends a job before it starts it again
+        return False  # SLURM ends a job before it restarts it
     if owner.get("system") != _system() or not isinstance(owner.get("pid"), int):
         return None
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return False
-    except OSError:  # of another user
+    except OSError:  # the process belongs to another user
         pass
     return owner.get("born") == _born(owner["pid"])
 
@@ -239,7 +239,7 @@ def _owner(lock: Path) -> dict[str, Any]:
 
 
 def _create(lock: Path, text: str) -> bool:
-    """Make the lock file with its content at once; False if there is one."""
+    """Create the lock file together with its content; False if it exists."""
     own = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     try:
         own.write_text(text)
@@ -247,7 +247,7 @@ def _create(lock: Path, text: str) -> bool:
             os.link(own, lock)
         except FileExistsError:
             return False
-        except OSError:  # a file system without hard links
+        except OSError:  # this file system has no hard links
             return _create_exclusively(lock, text)
     finally:
         own.unlink(missing_ok=True)
@@ -264,16 +264,16 @@ def _create_exclusively(lock: Path, text: str) -> bool:
 
 
 def _clear(folder: Path, wait: bool, say: Callable[[str], None]) -> None:
-    """Remove the claim of an owner that is gone.
+    """Remove the claim of a dead owner.
 
     Raises:
-        InUseError: it is not, or that cannot be known.
+        InUseError: the owner is alive, or may be.
     """
     lock = folder / LOCK
     try:
         text = lock.read_text()
     except FileNotFoundError:
-        return  # released meanwhile
+        return  # released in the meantime
     owner = _owner(lock)
     alive = _alive(owner)
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}, since {owner.get('since', '?')}"
@@ -285,7 +285,7 @@ def _clear(folder: Path, wait: bool, say: Callable[[str], None]) -> None:
         raise InUseError(
             f"{folder} is in use by another run ({who}): wait for its end, stop it, or choose another --out{unsure}"
         )
-    # Of several that find it, one moves it. A claim that is younger than what was read goes back.
+    # Several processes may find the claim, but only one rename succeeds. Put back a claim newer than the one read.
     grave = lock.with_name(f"{lock.name}.{uuid.uuid4().hex}")
     with contextlib.suppress(FileNotFoundError):
         lock.rename(grave)
@@ -296,10 +296,10 @@ def _clear(folder: Path, wait: bool, say: Callable[[str], None]) -> None:
 
 
 def _touched(lock: Path) -> bool:
-    """Whether a lock file is touched, or gone, within `SILENCE` seconds."""
+    """Whether the owner touches its lock file within `SILENCE` seconds."""
 
     def seen() -> float:
-        with lock.open() as file:  # to open a file makes NFS ask for its times
+        with lock.open() as file:  # opening the file makes NFS refresh its times
             return os.fstat(file.fileno()).st_mtime
 
     try:
@@ -314,7 +314,7 @@ def _touched(lock: Path) -> bool:
 
 
 def _beat() -> None:
-    """Touch the lock files that this process holds, from a thread of its own, while there are any."""
+    """Touch the lock files of this process from a background thread, as long as it holds any."""
     if not _HEART.acquire(blocking=False):
         return
 

@@ -1,7 +1,7 @@
-r"""Text from elsewhere on its way to a terminal, a card or a report: no byte of it commands the terminal.
+r"""Escape untrusted text before it reaches a terminal, a model card or a report.
 
-A model's answer, a server's status line, a file's name or a field of a data set may hold escape sequences that move the
-cursor, retitle the window or hide text, and marks that turn its direction around. They are shown as `\x1b`, `\u202e`.
+A model's completion, a server's status line, a file name or a field of a data set may hold escape sequences that move
+the cursor, retitle the window or hide text, and marks that reverse the direction. They are shown as `\x1b`, `\u202e`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 
 from lit_align.utils.secret import redact_text
 
-# Joiners: format characters that belong to words of Persian or Hindi, and to emoji.
+# Format characters that are part of words in Persian or Hindi, and of emoji.
 _JOINERS = "\u200c\u200d"
 _HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: object, lines: bool = False) -> str:
-    """The text with control and invisible characters escaped.
+    """Escape control and invisible characters.
 
     Args:
-        text: anything; its `str` is taken.
+        text: any object; `str` is applied.
         lines: keep line feeds and tabs.
     """
     text = str(text)
@@ -44,18 +44,18 @@ def _escaped(character: str) -> str:
 
 
 def say(text: object) -> None:
-    """Print lines of text, escaped."""
+    """Print text, with control characters escaped and secrets redacted."""
     print(printable(redact_text(text), lines=True), flush=True)
 
 
 def escape_record(record: logging.LogRecord) -> bool:
-    """A filter for loggers: the message escaped, and never left out."""
+    """Logging filter that escapes a message and never drops it."""
     record.msg, record.args = printable(redact_text(record.getMessage()), lines=True), ()
     return True
 
 
 def escape_the_rest() -> None:
-    """Escape logs, warnings and tracebacks of this process, which print texts of whoever raises them."""
+    """Escape all logs, warnings and tracebacks of this process: libraries print untrusted text there too."""
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
         said = warnings.formatwarning(message, category, filename, lineno, line)
@@ -69,7 +69,7 @@ def escape_the_rest() -> None:
 
     def record(*args: Any, **kwargs: Any) -> logging.LogRecord:
         made = plain(*args, **kwargs)
-        with contextlib.suppress(Exception):  # its handler says what is wrong with it
+        with contextlib.suppress(Exception):  # the handler will report a malformed record
             escape_record(made)
         return made
 

@@ -1,4 +1,4 @@
-"""Limits on what is read: regular files only, and YAML that neither multiplies nor nests without end."""
+"""Limits on input: regular files only, and YAML of bounded size and depth after its aliases are expanded."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-# Larger than any configuration; a table of rows belongs in a data file.
+# Larger than any configuration; rows belong in a data file.
 MAX_BYTES = 4 << 20
 MAX_VALUES = 100_000
-MAX_JSON = 256 << 20  # what a run leaves of its figures
+MAX_JSON = 256 << 20  # for files of figures that a run writes
 MAX_DEPTH = 100
 
 _KINDS = {
@@ -24,14 +24,14 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
-# What a value may name although it is no file: output that is shown or thrown away.
+# Device names that are allowed as values, because output may go there.
 _STREAMS = {"/dev/null", "/dev/stdout", "/dev/stderr"}
-# libyaml's scanner where PyYAML has it: ten times as quick.
+# libyaml's scanner, if PyYAML was built with it, is ten times faster.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def kind(path: str | Path) -> str | None:
-    """What lies at a path if it is no regular file: a folder, a named pipe, a socket or a device; None otherwise."""
+    """Kind of a path that is not a regular file: folder, named pipe, socket or device; None for all others."""
     try:
         return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
     except (OSError, ValueError):  # ValueError: a NUL in the name
@@ -39,15 +39,15 @@ def kind(path: str | Path) -> str | None:
 
 
 def read_text(path: str | Path, largest: int = MAX_BYTES) -> str:
-    """Text of a regular file.
+    """Read the text of a regular file. Pipes and devices are refused: reading them may never end.
 
     Args:
-        path: the file; reading a pipe or a device may never end.
-        largest: bytes that it may hold.
+        path: the file.
+        largest: maximum size in bytes.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is no regular file, too large, or not UTF-8; names it.
+        OSError: the file does not exist.
+        ValueError: it is not a regular file, too large, or not UTF-8; names the file.
     """
     if found := kind(path):
         raise ValueError(f"{path} is {found}, expected a file")
@@ -62,11 +62,11 @@ def read_text(path: str | Path, largest: int = MAX_BYTES) -> str:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The mapping that a JSON file of a run holds.
+    """Read a JSON file of a run, which must hold a mapping.
 
     Raises:
-        OSError: there is no such file.
-        ValueError: it is no regular file, not JSON, nested too deeply, or no mapping; names it.
+        OSError: the file does not exist.
+        ValueError: it is not a regular file, not JSON, nested too deeply, or not a mapping; names the file.
     """
     try:
         content = json.loads(read_text(path, largest=MAX_JSON))
@@ -80,13 +80,13 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Refuse a folder with pipes, sockets or devices in it, whose reading may never end.
+    """Refuse a folder that holds pipes, sockets or devices: reading them may never end.
 
     Args:
-        folder: what is no folder here, such as a name on the hub, is not looked at.
+        folder: a folder; anything else, such as a name on the hub, is ignored.
 
     Raises:
-        ValueError: names the first of them.
+        ValueError: names the first such entry.
     """
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     for name in names:
@@ -95,22 +95,22 @@ def check_folder(folder: str | Path) -> None:
 
 
 def load_yaml(text: str, where: object = "YAML") -> Any:
-    """What YAML text holds.
+    """Parse YAML within limits.
 
     Args:
         text: one document.
         where: file or key, for messages.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
-        ValueError: more values than `MAX_VALUES` or more bytes than `MAX_BYTES` once aliases are filled in, deeper than
-            `MAX_DEPTH`, an alias inside what it stands for, or a number or date that Python has none for; names the
+        yaml.YAMLError: the text is not YAML.
+        ValueError: more than `MAX_VALUES` values or `MAX_BYTES` bytes after aliases are expanded, nested deeper than
+            `MAX_DEPTH`, an alias inside its own anchor, or a number or date that Python cannot represent; names the
             line.
     """
     broken = None
     try:
         check_yaml(text, where)
-    except yaml.YAMLError as error:  # PyYAML says better what is wrong with it than libyaml
+    except yaml.YAMLError as error:  # the pure Python parser below has the better message
         broken = error
     try:
         content = yaml.safe_load(text)
@@ -124,7 +124,7 @@ def load_yaml(text: str, where: object = "YAML") -> Any:
 
 
 def check_yaml(text: str, where: object = "YAML") -> None:
-    """Refuse YAML whose aliases multiply or that is nested too deeply, without building it; see `load_yaml`."""
+    """Check the limits of `load_yaml` on the event stream, without building any value."""
     known: dict[str, _Node | None] = {}  # anchors; None while the node is open
     open_nodes = [_Node(None)]
     for event in yaml.parse(text, Loader=_LOADER):
@@ -147,19 +147,19 @@ def check_yaml(text: str, where: object = "YAML") -> None:
         elif isinstance(event, yaml.AliasEvent) and anchor in known:
             held = known[anchor]
             if held is None:
-                raise ValueError(f"{where}, line {line}: *{anchor} stands inside what it stands for")
+                raise ValueError(f"{where}, line {line}: the alias *{anchor} is inside its own anchor")
             open_nodes[-1].add(held)
         values, size = sum(node.values for node in open_nodes), sum(node.size for node in open_nodes)
         if values > MAX_VALUES or size > MAX_BYTES:
             raise ValueError(
-                f"{where}, line {line}: more than {MAX_VALUES:,} values or {MAX_BYTES:,} bytes, aliases filled in"
+                f"{where}, line {line}: more than {MAX_VALUES:,} values or {MAX_BYTES:,} bytes with aliases expanded"
             )
         if len(open_nodes) + max(node.depth for node in open_nodes) > MAX_DEPTH:
             raise ValueError(f"{where}, line {line}: nested more than {MAX_DEPTH} deep")
 
 
 class _Node:
-    """A node of YAML with all that its aliases stand for."""
+    """Size and depth of a YAML node with its aliases expanded."""
 
     __slots__ = ("anchor", "depth", "size", "values")
 
@@ -167,18 +167,18 @@ class _Node:
         self.anchor, self.values, self.size, self.depth = anchor, values, size, 0
 
     def add(self, inner: _Node) -> None:
-        """Put a node inside."""
+        """Add a child node."""
         self.values += inner.values
         self.size += inner.size
         self.depth = max(self.depth, inner.depth + 1)
 
 
 def no_files(content: Any, key: str = "") -> Iterator[str]:
-    """Values that name a pipe, a socket or a device, each as a line: where a file is expected, reading it may hang.
+    """Yield a line for each value that names a pipe, a socket or a device: reading it as a file may hang.
 
     Args:
-        content: mappings and lists, nested.
-        key: where it stands, for the lines.
+        content: nested mappings and lists.
+        key: dotted key of the content, for the lines.
     """
     if isinstance(content, dict):
         for name, value in content.items():

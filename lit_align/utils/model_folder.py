@@ -1,4 +1,4 @@
-"""The folder of a model, from the folder of the run, the pipeline or the sweep that made it."""
+"""Find a model folder from the folder of the run, the pipeline or the sweep that made it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 
 def find_model(name: str, last: bool = False) -> str:
-    """Folder that holds the model which a name means; the name itself if it is no folder, or is that folder.
+    """Resolve a name to a model folder. A model folder, and a name that is not a folder, is returned unchanged.
 
     Args:
-        name: a model's folder, the folder of a run, of a pipeline or of a sweep, or a name on the hub.
-        last: of a pipeline's language models, take the last; else several models are an error.
+        name: folder of a model, a run, a pipeline or a sweep, or a name on the hub.
+        last: if a pipeline has several language models, take the last one instead of raising.
 
     Raises:
-        ValueError: a checkpoint, a run without a model, or a folder with several models; says which there are.
+        ValueError: the name is a checkpoint, a run without a model, or a folder with several models (they are listed).
     """
     folder = Path(name)
     if name.endswith(".ckpt") and os.path.isfile(name):
         raise ValueError(
             f"{name!r} is a checkpoint, not a model's folder: name the folder of its run, {str(folder.parents[1])!r}"
         )
-    # os.path accepts a text that is too long for a file name; pathlib raises.
+    # os.path returns False for a text that is too long for a file name; pathlib raises.
     if not os.path.isdir(name) or holds_model(folder):
         return name
     if holds_model(folder / "model"):
@@ -38,14 +38,14 @@ def find_model(name: str, last: bool = False) -> str:
         raise ValueError(f"{name!r} holds {len(models)} models: name one of {listed}")
     if (folder / "config.yaml").exists() and not (folder / "config.json").exists():
         raise ValueError(
-            f"{name!r} is the folder of a run that left no model: it has not ended. Resume it with "
+            f"{name!r} is the folder of a run that has not ended, so it has no model yet. Resume it with "
             f"`lit-align fit -c {folder / 'config.yaml'} --ckpt_path last`, then its model is in {folder / 'model'}"
         )
     return name
 
 
 def stage_models(folder: Path) -> list[Path]:
-    """Models of the stages of a pipeline, in its order, or of the points of a sweep, the best last."""
+    """Models of a pipeline in the order of its stages, or of a sweep with the best point last."""
     inside = [path for path in folder.iterdir() if holds_model(path / "model")]
     order = list(_json(folder / "manifest.json").get("stages") or {})
     points = _json(folder / "sweep.json").get("points") or []
@@ -59,24 +59,24 @@ def stage_models(folder: Path) -> list[Path]:
 
 
 def holds_model(folder: str | Path) -> bool:
-    """True for the folder of a model or an adapter."""
+    """True if the folder holds a model or an adapter."""
     return any(os.path.exists(os.path.join(folder, file)) for file in ("config.json", "adapter_config.json"))
 
 
 def is_adapter(name: str | Path) -> bool:
-    """True for the folder of an adapter without the model that it was trained on."""
+    """True if the folder holds an adapter without its base model."""
     return os.path.exists(os.path.join(name, "adapter_config.json")) and not os.path.exists(
         os.path.join(name, "config.json")
     )
 
 
 def adapter_base(name: str | Path) -> str:
-    """Name or folder of the model that an adapter was trained on; empty if its folder does not tell."""
+    """Name or folder of an adapter's base model; empty if the adapter does not record it."""
     return str(_json(Path(name, "adapter_config.json")).get("base_model_name_or_path") or "")
 
 
 def _is_language_model(folder: Path) -> bool:
-    """False for a reward model."""
+    """True unless the folder holds a reward model."""
     classes = _json(folder / "config.json").get("architectures") or []
     return not any("SequenceClassification" in name for name in classes) and (
         _json(folder / "adapter_config.json").get("task_type") != "SEQ_CLS"
@@ -84,7 +84,7 @@ def _is_language_model(folder: Path) -> bool:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The content of a file; empty if there is none, or if it is damaged, which loading the model will report."""
+    """Content of a JSON file; empty if it is missing or damaged. Loading the model reports damage."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Which files and folders this program wrote. Nothing else is ever removed or replaced.
+"""Recognise files and folders that lit_align wrote. It never removes or replaces anything else.
 
-A run's folder has a `manifest.json` that names lit_align, a stage's a `stage.json`, a sweep's point a `point.json`; an
-exported model has a `lit_align.json` that names its files.
+The folder of a run holds a `manifest.json` that names lit_align, a stage a `stage.json`, a point of a sweep a
+`point.json`. An exported model holds a `lit_align.json` that lists its files.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-# Files that a desktop or an editor puts into any folder.
+# Files that desktops and editors leave in any folder.
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
-# What an export of an earlier version, which has no lit_align.json, may hold beside its card.
+# Files that an export of an earlier version, without lit_align.json, may hold beside its model card.
 _EXPORTED = re.compile(
     r"(?:adapter_)?config\.json|generation_config\.json|(?:adapter_)?model.*\.safetensors(?:\.index\.json)?|README\.md"
     r"|tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template\..*|lit_align\.json"
@@ -23,7 +23,7 @@ _EXPORTED = re.compile(
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a run, a pipeline, a sweep or one of their parts wrote in this folder."""
+    """True if a run, a pipeline, a sweep or one of their parts wrote this folder."""
     packages = _json(folder / "manifest.json").get("packages")
     if isinstance(packages, dict) and "lit_align" in packages:
         return True
@@ -31,15 +31,15 @@ def is_ours(folder: Path) -> bool:
 
 
 def foreign(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Those of the names that exist in a folder which is not ours, empty folders left out."""
+    """Existing files among `names` if the folder is not ours; empty folders do not count."""
     there = [folder / name for name in names if _holds_something(folder / name)]
     return [] if not there or is_ours(folder) else there
 
 
 def not_exported(folder: Path) -> list[str]:
-    """Names of the files in a folder that no export wrote; none where there is no such folder.
+    """Names of the files in a folder that no export wrote; empty if the folder does not exist.
 
-    A link or a file in place of the folder names itself.
+    If the path is a link or a file instead of a folder, its own name is returned.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return [folder.name]
@@ -54,47 +54,48 @@ def not_exported(folder: Path) -> list[str]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is not an exported folder.
+    """Refuse to replace a folder that is not an exported model.
 
     Raises:
-        FileExistsError: names the first file in it, and the way out.
+        FileExistsError: names the first foreign file, and the way out.
     """
     made = folder.is_dir() and not folder.is_symlink()
     made = made and ("sha256" in _json(folder / "lit_align.json") or _card_is_ours(folder / "README.md"))
     if not made and (files := not_exported(folder)):
         more = f" and {len(files) - 1} more" if len(files) > 1 else ""
         raise FileExistsError(
-            f"{folder} holds {files[0]}{more}, which lit-align did not write, and the model is exported to that name: "
+            f"{folder} holds {files[0]}{more}, which lit-align did not write, and the export would replace the folder: "
             "move it away, or choose another --out"
         )
 
 
 def free_beside(folder: Path) -> Path:
-    """A free name beside a folder, for what it held."""
+    """A free name beside a folder, to move its old content to."""
     names = (folder.with_name(f"{folder.name}.replaced-{number}") for number in itertools.count(1))
     return next(path for path in names if not path.exists())
 
 
 def check_unwritten(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to write into a folder that holds files of the user's under names that will be written.
+    """Refuse to write into a folder that holds files of the user under names that will be written.
 
     Raises:
-        FileExistsError: it does; names the first, and the way out.
+        FileExistsError: names the first such file, and the way out.
     """
     if there := foreign(folder, names):
         more = f" (and {', '.join(path.name for path in there[1:])})" if there[1:] else ""
         raise FileExistsError(
-            f"{there[0]}{more} was not written by lit-align, and would be: choose another --out, or move it away"
+            f"{there[0]}{more} was not written by lit-align and would be overwritten: choose another --out, or move it "
+            "away"
         )
 
 
 def check_output(folder: Path, names: Iterable[str], parts: Iterable[str]) -> None:
-    """Refuse the output folder of a pipeline or a sweep in which something of the user's would be written over.
+    """Refuse an output folder of a pipeline or a sweep if writing there would overwrite files of the user.
 
     Args:
-        folder: which.
-        names: files that will be written, beside the report.
-        parts: folders of stages, or of a sweep's points.
+        folder: the output folder.
+        names: files that will be written, besides the report.
+        parts: folders of the stages, or of the sweep's points.
 
     Raises:
         FileExistsError: names the file or the part, and the way out.
@@ -110,17 +111,17 @@ def check_output(folder: Path, names: Iterable[str], parts: Iterable[str]) -> No
 
 
 def check_report(file: Path) -> None:
-    """Refuse to replace a page that is not a report of lit_align's.
+    """Refuse to replace a page that is not a report of lit_align.
 
     Raises:
-        FileExistsError: it is not; names it, and the way out.
+        FileExistsError: names the page, and the way out.
     """
     if not file.exists():
         return
     with file.open("rb") as stream:
         head = stream.read(65536)
     if b"lit_align" not in head:
-        raise FileExistsError(f"{file} is not a report of lit-align, and would be replaced by one: move it away")
+        raise FileExistsError(f"{file} is not a report of lit-align and would be replaced by one: move it away")
 
 
 def _holds_something(path: Path) -> bool:
@@ -138,7 +139,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _card_is_ours(card: Path) -> bool:
-    """Whether a model card carries the tag of an export's."""
+    """True if a model card carries the tag that exports write."""
     try:
         _, mark, rest = card.read_text().partition("---\n")
     except (OSError, ValueError):

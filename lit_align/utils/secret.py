@@ -1,6 +1,6 @@
-"""Secrets in configurations: found by their keys and their shape, and left out of everything that is written.
+"""Find secrets in configurations by key and by shape, and keep them out of everything that is written.
 
-`${VAR}` is the way to give one: the reference is what files hold, and the value is filled in where it is used.
+Give a secret as `${VAR}`: files hold the reference, and the value is filled in where it is used.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ _KEY = re.compile(
     r"|^(?:(?:hf|hub|api|auth|access|bearer|secret|refresh|session|security|id|sas|wandb|use_auth|x_auth|csrf|x_csrf)_)*"
     r"token$|security_token$"
 )
-# Of a URL's query, and of fsspec's options, these are too.
+# Also secret as keys in a URL query or in fsspec options.
 _SHORT = {"key", "code", "secret", "token", "sid", "session", "apikey"}
-# Headers that are none; every other header may be one.
+# Headers that are never secret; any other header may be.
 _PLAIN_HEADERS = {"accept", "cache_control", "connection", "content_type", "host", "user_agent", "origin", "referer"}
-# Words that stand before a secret and are none.
+# Scheme words before a secret, not secret themselves.
 _SCHEMES = re.compile(r"\b(?:bearer|basic|token|digest|api-?key|key|negotiate)\b", re.IGNORECASE)
 _REFERENCE = re.compile(r"\$\{\w+\}|\$\w+")
 _USER = re.compile(r"(?P<scheme>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{0,30}://)(?P<user>[^\s/?#\"'<>]*)@", re.IGNORECASE)
 _QUERY = re.compile(r"(?P<name>[?&;#]([\w.-]+)=)(?P<value>[^&;#\s\"']+)")
-# Schemes whose user is no secret without a password.
+# Schemes whose user name is only secret together with a password.
 _LOGINS = ("ssh://", "git://", "git+ssh://", "sftp://", "hdfs://")
-# Keys of well-known services, wherever they stand.
+# API keys of well-known services, in any text.
 _SHAPES = re.compile(
     r"(?<![\w-])(?:sk-[\w-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}"
     r"|xox[abprs]-[\w-]{10,}|A(?:KIA|SIA)[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
@@ -47,22 +47,22 @@ _SHAPES = re.compile(
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """The value with its literal secrets replaced; references such as `${VAR}` stay.
+    """Replace literal secrets in a value; references such as `${VAR}` stay.
 
     Args:
-        value: mappings and lists, nested, whose texts are looked at; anything else stays as it is.
-        key: dotted key that it stands under.
+        value: nested mappings and lists; only strings and numbers in them can be replaced.
+        key: dotted key of the value.
     """
     return _redacted(value, _context(key, "") if key else "")
 
 
 def redact_text(text: object) -> str:
-    """A line of a log or an error without passwords of URLs and keys of well-known shape."""
+    """Redact passwords in URLs and API keys of well-known shape in a log line or an error."""
     return _in_text(str(text))
 
 
 def found(value: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys whose values hold a literal secret."""
+    """Yield the dotted keys whose values hold a literal secret."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from found(item, f"{key}.{name}" if key else str(name))
@@ -74,15 +74,15 @@ def found(value: Any, key: str = "") -> Iterator[str]:
 
 
 def warn_of(value: Any, where: str = "") -> None:
-    """Warn of literal secrets in a configuration, and of the way to give them.
+    """Warn about literal secrets in a configuration, and name the way out.
 
     Args:
         value: the configuration.
-        where: a file or a stage, for the warning.
+        where: name of the file or stage, for the warning.
     """
     if keys := list(found(value)):
         warnings.warn(
-            f"{where}{', '.join(keys)}: a secret stands in the configuration; files and logs of the run leave it out. "
+            f"{where}{', '.join(keys)}: the configuration holds a secret; files and logs of the run leave it out. "
             f"Better: {WAY_OUT}",
             stacklevel=2,
         )
@@ -97,8 +97,8 @@ def without(path: Path, content: Any) -> Iterator[Path]:
         content: mappings and lists.
 
     Yields:
-        A file with all that there is: `path` itself where nothing was left out; otherwise one beside it that this user
-        alone can read, which is removed at the end.
+        A file with the whole content: `path` itself if nothing was left out, otherwise a private file beside it, which
+        is removed at the end.
     """
     kept = redacted(content)
     write_private(path, yaml.safe_dump(kept, sort_keys=False), private=kept != content)
@@ -116,14 +116,14 @@ def without(path: Path, content: Any) -> Iterator[Path]:
 
 
 def write_private(path: Path, text: str, private: bool = True) -> None:
-    """Write a file that, if it is private, this user alone can read; what was there is replaced."""
+    """Write a file with mode 0600 if it is private, replacing an existing one."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "w") as file:
         file.write(text)
 
 
 def _redacted(value: Any, context: str) -> Any:
-    """The context is what surrounding keys say: "", headers, options (of fsspec), or secret."""
+    """Redact a value; `context` comes from its keys: "", "headers", "options" (of fsspec) or "secret"."""
     if isinstance(value, Mapping):
         return {name: _redacted(item, _context(str(name), context)) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -158,7 +158,7 @@ def _context(key: str, outside: str) -> str:
 
 
 def _literal(text: str) -> bool:
-    """True if a text holds more than references and the word before them."""
+    """True if a text holds more than references and a scheme word."""
     return bool(re.search(r"\w", _SCHEMES.sub("", _REFERENCE.sub("", text.replace(REDACTED, "")))))
 
 
@@ -177,7 +177,7 @@ def _in_text(text: str) -> str:
 
 
 def _nested(text: str) -> str | None:
-    """YAML within a text, as the command line has it, without its secrets; None where there are none."""
+    """Redact YAML inside a string, as on the command line; None if it holds no secret."""
     if not text.lstrip().startswith(("{", "[")) or len(text) > 100_000:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Signals that ask a process to stop: SIGINT (Ctrl-C) and SIGTERM, from the first moment of a command to its last.
+"""Handle SIGINT (Ctrl-C) and SIGTERM during the whole life of a command.
 
-A run in training ends where a checkpoint is exact (`callbacks/preemption.py`). At every other moment a signal ends the
-command at once. The exit status is 128 + the signal's number, as a shell's: 130 for Ctrl-C, 143 for SIGTERM.
+During training, a run stops where a checkpoint is exact (`callbacks/preemption.py`). At any other time a signal ends
+the command at once. The exit status is 128 + the number of the signal, as in a shell: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Stopped(SystemExit):
     """A signal ended the command.
 
     Args:
-        number: of the signal.
-        kept: what is kept and how to go on; callers that know it set it later.
+        number: number of the signal.
+        kept: what was saved and how to continue; callers may set it later.
 
     Attributes:
-        asked: whether somebody asked for this exit; one by `sys.exit` in a user's code has no such attribute.
+        asked: marks a requested exit; a `sys.exit` in a user's code has no such attribute.
     """
 
     asked = True
@@ -38,10 +38,10 @@ class Stopped(SystemExit):
 
 
 def handler(act: Callable[[int], None]) -> Callable[[int, Any], None]:
-    """A signal handler for this process alone.
+    """Make a signal handler that acts in this process only.
 
-    A forked child, which builds batches, inherits it. The terminal sends Ctrl-C to the child too, which must go on
-    until its parent stops it; a SIGTERM to the child ends it, as by default.
+    Forked data-loader workers inherit the handler. The terminal sends Ctrl-C to them too, and they must go on until the
+    parent stops them. A SIGTERM ends a worker, as by default.
     """
     owner = os.getpid()
 
@@ -56,10 +56,10 @@ def handler(act: Callable[[int], None]) -> Callable[[int, Any], None]:
 
 
 def listen(act: Callable[[int], None], numbers: set[int]) -> dict[int, Any]:
-    """Call `act` for these signals; a Ctrl-C that is ignored, as in a background job, stays ignored.
+    """Call `act` for these signals. If Ctrl-C is ignored, as in a background job, it stays ignored.
 
     Returns:
-        The handlers from before, for `restore`. None in a thread, where Python sets no handlers.
+        The previous handlers, for `restore`; empty in a thread, because Python sets handlers in the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         return {}
@@ -68,7 +68,7 @@ def listen(act: Callable[[int], None], numbers: set[int]) -> dict[int, Any]:
 
 
 def restore(handlers: dict[int, Any]) -> None:
-    """Set handlers that `listen` returned."""
+    """Restore the handlers that `listen` returned."""
     for number, before in handlers.items():
         signal.signal(number, signal.SIG_DFL if before is None else before)
     handlers.clear()
@@ -80,7 +80,7 @@ def _at_once(number: int) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, both signals raise `Stopped`."""
+    """Raise `Stopped` on either signal inside the block."""
     before = listen(_at_once, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
@@ -90,14 +90,14 @@ def stoppable() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_silent_exit(run: Path | None = None) -> Iterator[None]:
-    """Within, the process ends with exit status 0 for no other reason than being done.
+    """Make sure that exit status 0 means that the work inside the block is done.
 
     Args:
-        run: folder of the run, to say what can be taken up.
+        run: folder of the run, to say what can be resumed.
 
     Raises:
         ValueError: a user's code called `sys.exit`.
-        Stopped: a signal came; says how to go on.
+        Stopped: a signal arrived; says how to continue.
     """
     try:
         yield
@@ -106,11 +106,11 @@ def no_silent_exit(run: Path | None = None) -> Iterator[None]:
             error.kept = error.kept or _kept(run)
         if getattr(error, "asked", False):
             raise
-        from lightning.pytorch.utilities.exceptions import SIGTERMException  # takes a second to import
+        from lightning.pytorch.utilities.exceptions import SIGTERMException  # slow to import
 
         if isinstance(error, SIGTERMException):
             raise Stopped(signal.SIGTERM, _kept(run)) from error
-        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turns it into an exit with 1
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning turned it into exit status 1
             raise Stopped(signal.SIGINT, _kept(run)) from error
         raise ValueError(
             f"code that the run called (a reward, a data source, a callback) called sys.exit({error.code!r}): raise an "
@@ -125,5 +125,5 @@ def _kept(run: Path | None) -> str:
         return ""
     last = run / "checkpoints" / "last.ckpt"
     if last.exists():
-        return f"what came after {last} is lost; go on with --ckpt_path last"
+        return f"work after {last} is lost; continue with --ckpt_path last"
     return "nothing was saved yet"

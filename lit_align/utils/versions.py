@@ -1,4 +1,4 @@
-"""The versions of dependencies that were tested, and what to say when another one does not work."""
+"""Tested versions of the dependencies, and advice for errors under other versions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1]  # lit_align, with the constraints file of a
 
 
 def tested() -> dict[str, str]:
-    """Version of each package that the tests ran with, by canonical name; empty where the file is missing."""
-    # In the source tree, and beside the installed modules.
+    """Tested version of each package, by canonical name; empty if the constraints file is missing."""
+    # Look in the source tree first, then in the installed package.
     for file in (PACKAGE.parent / "docker" / "constraints.txt", PACKAGE / "constraints.txt"):
         if file.is_file():
             pins = re.findall(r"^([\w.-]+)==(\S+)$", file.read_text(), re.MULTILINE)
@@ -43,7 +43,7 @@ def installed(name: str) -> str | None:
 
 
 def outside() -> list[str]:
-    """Direct dependencies that are missing, or whose version is outside of the tested bounds; a phrase each."""
+    """One phrase for each direct dependency that is missing or outside of the tested bounds."""
     found = []
     for name, requirement in requirements().items():
         version = installed(name)
@@ -55,7 +55,7 @@ def outside() -> list[str]:
 
 
 def blamed(error: BaseException) -> list[str]:
-    """Packages that an error names or was raised in and whose version is not the tested one; a phrase each."""
+    """One phrase for each package that an error names or comes from and whose version is not the tested one."""
     pins = tested()
     owners = metadata.packages_distributions()
     named: list[str] = []
@@ -79,7 +79,7 @@ def blamed(error: BaseException) -> list[str]:
 
 
 def advice(error: BaseException) -> str | None:
-    """One sentence on versions that may explain an error; None if every package in question is the tested one."""
+    """One sentence on versions that may explain an error; None if all of them are the tested ones."""
     suspects = {phrase.split()[0]: phrase for phrase in [*blamed(error), *outside()]}
     if not suspects:
         return None
@@ -90,7 +90,7 @@ def advice(error: BaseException) -> str | None:
 
 
 def tested_together(*names: str) -> str:
-    """One sentence on packages that have to fit each other: which versions are installed, and which were tested."""
+    """One sentence on packages that must match each other: the installed and the tested versions."""
     pins = tested()
     here = ", ".join(f"{name} {installed(name)}" for name in names)
     known = [f"{name}=={pins[name]}" for name in names if name in pins]
@@ -99,7 +99,7 @@ def tested_together(*names: str) -> str:
 
 
 def failed_import(error: BaseException) -> str:
-    """One line for a dependency that cannot be imported."""
+    """Error line for a dependency that cannot be imported."""
     what = f"a dependency cannot be imported: {type(error).__name__}: {error}"
     python = f"Python {sys.version_info.major}.{sys.version_info.minor}"
     return f"{what}; {advice(error) or f'all versions are the tested ones, under {python}: reinstall lit_align'}"

@@ -86,9 +86,7 @@ def test_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize("named", [False, True])
 def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path: Path, named: bool) -> None:
     (tmp_path / "a").write_text("old")
-    with pytest.raises(
-        OSError, match=r"No space left on device: not written, and what was there before is kept: .*/a'"
-    ):
+    with pytest.raises(OSError, match=r"No space left on device: not written; the previous content is kept: .*/a'"):
         _full(tmp_path / "a", named)
     assert contents(tmp_path) == {"a": "old"}
 
@@ -129,6 +127,6 @@ def test_a_file_that_the_system_cuts_off(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(tmp_path / "report.html")]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     last = ran.stderr.strip().splitlines()[-1]
-    assert last.startswith("OSError: [Errno 27] File too large: not written, and what was there before is kept: ")
+    assert last.startswith("OSError: [Errno 27] File too large: not written; the previous content is kept: ")
     assert last.endswith("report.html'")
     assert contents(tmp_path) == {"report.html": "old"}

@@ -192,7 +192,7 @@ def test_what_is_in_a_run_comes_escaped_to_the_report(tmp_path: Path) -> None:
 def test_the_names_of_rewards_can_be_seen() -> None:
     from lit_align import LengthReward, SumReward
 
-    with pytest.raises(ValueError, match="cannot be seen"):
+    with pytest.raises(ValueError, match="invisible characters"):
         SumReward([LengthReward(1)], names=[ATTACK])
 
 

@@ -73,7 +73,7 @@ def test_networks_tokenizers_and_rewards(place: Path) -> None:
 def test_what_holds_no_single_model(place: Path) -> None:
     with pytest.raises(ValueError, match=r"holds 3 models: name one of .*b/model, .*a/model, .*reward/model"):
         Network(str(place / "pipeline"))
-    with pytest.raises(ValueError, match=r"a run that left no model: .* --ckpt_path last"):
+    with pytest.raises(ValueError, match=r"so it has no model yet. Resume .* --ckpt_path last"):
         load_tokenizer(str(place / "failed"))
     with pytest.raises(ValueError, match=r"last\.ckpt' is a checkpoint, .* name the folder of its run, '.*failed'"):
         Network(str(place / "failed" / "checkpoints" / "last.ckpt"))
@@ -88,6 +88,6 @@ def test_a_fit_starts_from_a_run(place: Path, tmp_path: Path) -> None:
     assert str(place / "run" / "model") in parents
     content["model"]["init_args"]["network"] = str(place / "failed")
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match="a run that left no model") as caught:
+    with pytest.raises(ValueError, match="so it has no model yet") as caught:
         main(["fit", "-c", str(tmp_path / "sft.yaml")])
     assert "\n" not in str(caught.value)

@@ -129,10 +129,10 @@ def test_before_the_first_step_of_a_resumed_run(place: Path, tmp_path: Path) -> 
         ("on_validation_start", {"number": 2, "step": 2}, 130, "asked to stop: optimizer step 2 is in", 2),
         (
             "on_train_batch_start", {"number": 2, "step": 3, "times": 2}, 130,
-            "lit-align: stopped by Ctrl-C: what came after .*last.ckpt is lost; go on with --ckpt_path last", 2,
+            "lit-align: stopped by Ctrl-C: work after .*last.ckpt is lost; continue with --ckpt_path last", 2,
         ),
-        ("on_fit_end", {"number": 2}, 130, "lit-align: stopped by Ctrl-C: what came after .* --ckpt_path last", 4),
-        ("on_fit_end", {"number": 15}, 143, "lit-align: stopped by SIGTERM: what came after", 4),
+        ("on_fit_end", {"number": 2}, 130, "lit-align: stopped by Ctrl-C: work after .* --ckpt_path last", 4),
+        ("on_fit_end", {"number": 15}, 143, "lit-align: stopped by SIGTERM: work after", 4),
     ],
 )  # fmt: skip
 def test_at_any_moment(
