@@ -1,4 +1,4 @@
-"""Loops of a pipeline: the same stages round after round, each round on what the one before has left.
+"""Loops of a pipeline: the same stages in several rounds, each round building on the artefacts of the one before.
 
     stages:
       sft: {fit: sft.yaml}
@@ -9,11 +9,12 @@
           samples.model.init_args.network.name: runs/sandbox/raft_{before}_train/model
           train.model.init_args.network.name: runs/sandbox/raft_{before}_train/model
 
-are the stages sft, raft_1_samples, raft_1_best, raft_1_train, raft_2_samples, ... raft_3_train, as ordinary as others.
-The files say what round 1 does, and run by hand as that. In round 3, what they say of `runs/sandbox/raft_1_best` is of
-`raft_3_best`; and `again` is put over them in every round but the first, with numbers for {round} and {before}.
+expands to the stages sft, raft_1_samples, raft_1_best, raft_1_train, raft_2_samples, ... raft_3_train. They behave like
+any other stage. The files describe round 1, and can be run by hand as such. In round 3, a path
+`runs/sandbox/raft_1_best` in a file becomes `raft_3_best`. The keys of `again` are set in every round but the first,
+with {round} and {before} replaced by numbers.
 
-On the command line `--set raft.train.trainer.max_epochs=1` is of every round, `--set raft_2_train....` of one.
+On the command line, `--set raft.train.trainer.max_epochs=1` sets a key in every round, `--set raft_2_train....` in one.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ MAX_ROUNDS = 1_000
 
 @dataclass
 class Slot:
-    """A place in the order of stages, before its file is read.
+    """A stage in the order of the pipeline, before its file is read.
 
     Attributes:
-        name: of the stage.
-        told: its kind and file, as the pipeline has them.
-        loop: name of the loop it is in; empty outside of one.
-        inner: its name in the loop.
-        round: which round, from 1.
-        again: dotted keys of this stage and their values in this round.
+        name: name of the stage.
+        told: its kind and file, as the pipeline file gives them.
+        loop: name of its loop; empty outside of a loop.
+        inner: its name inside the loop.
+        round: number of the round, from 1.
+        again: dotted keys of this stage that this round sets, with their values.
     """
 
     name: str
@@ -48,7 +49,7 @@ class Slot:
     again: dict[str, Any] = field(default_factory=dict)
 
     def own(self, config: Any, root: str) -> Any:
-        """The configuration of round 1 with its loop's folders as they are called in this round."""
+        """Rewrite the folders of the loop in a configuration from round 1 to this round."""
         if self.round == 1:
             return config
         if isinstance(config, dict):
@@ -61,7 +62,7 @@ class Slot:
         return config
 
     def overrides(self, given: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-        """Those that are of this stage (key, dotted key, value): of the loop's stage in every round, then its own."""
+        """Yield (key, dotted key, value) of the overrides of this stage: first those of all rounds, then its own."""
         for prefix in (f"{self.loop}.{self.inner}.", f"{self.name}."):
             for key, value in given.items():
                 if key.startswith(prefix) and len(key) > len(prefix):
@@ -69,10 +70,10 @@ class Slot:
 
 
 def unroll(stages: Mapping[str, Any]) -> list[Slot]:
-    """Every stage in its order, those of loops round after round.
+    """Expand loops into stages, round by round.
 
     Raises:
-        ValueError: a loop that is none, a name that is no folder's, or two stages of one name; names it.
+        ValueError: a malformed loop, an invalid stage name, or two stages of one name; names it.
     """
     slots: list[Slot] = []
     for name, told in stages.items():
@@ -94,7 +95,7 @@ def unroll(stages: Mapping[str, Any]) -> list[Slot]:
 
 
 def _checked(name: str, told: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Stages of a loop, and what it says of later rounds."""
+    """Check a loop; return its stages and its `again` keys."""
     if unknown := set(told) - {"rounds", "stages", "again"}:
         raise ValueError(f"loop {name!r} has an unknown key {min(unknown)!r}; it has rounds, stages and again")
     rounds, stages, again = told["rounds"], told.get("stages"), told.get("again") or {}
@@ -106,7 +107,7 @@ def _checked(name: str, told: dict[str, Any]) -> tuple[dict[str, Any], dict[str,
         raise ValueError(f"loop {name!r}: again must be a mapping of stage.dotted.key to values")
     for key in again:
         if _of(key) not in stages or not key.partition(".")[2]:
-            raise ValueError(f"loop {name!r}: again.{key} is no key of a stage; stages are {', '.join(stages)}")
+            raise ValueError(f"loop {name!r}: again.{key} is not a key of a stage; stages are {', '.join(stages)}")
     return stages, again
 
 
@@ -115,7 +116,7 @@ def _of(key: str) -> str:
 
 
 def _numbered(value: Any, number: int) -> Any:
-    """{round} and {before} filled in; alone they are numbers, and within a text its digits."""
+    """Fill in {round} and {before}: as a number if the value is nothing else, else as digits in the text."""
     if isinstance(value, dict):
         return {key: _numbered(item, number) for key, item in value.items()}
     if isinstance(value, list):

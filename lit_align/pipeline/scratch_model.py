@@ -1,4 +1,4 @@
-"""Steps of a pipeline that are no fit: a model to start from where there is none."""
+"""A pipeline step that creates an untrained model: a tokenizer and a configuration, for training from scratch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lit_align.models.scratch import bpe_tokenizer, write_seed_model
 
 
 class ScratchModel:
-    """Trains a byte-level BPE tokenizer on text and writes it beside the configuration of a small Llama.
+    """Train a byte-level BPE tokenizer and write it together with the configuration of a small Llama.
 
-    `Network(folder, weights="random")` then starts training from nothing.
+    `Network(folder, weights="random")` then starts training from random weights.
 
     Args:
-        texts: sources whose text the tokenizer is trained on.
-        vocab_size: tokens, the 256 bytes and the special ones included.
-        hidden_size: width.
-        layers: depth.
-        heads: attention heads.
+        texts: sources of the text to train the tokenizer on.
+        vocab_size: number of tokens, including the 256 bytes and the special tokens.
+        hidden_size: width of the hidden states.
+        layers: number of layers.
+        heads: number of attention heads.
         intermediate_size: width of the feed-forward layers.
-        max_positions: longest sequence.
+        max_positions: longest sequence, in tokens.
         init_std: standard deviation of the random weights.
     """
 
@@ -50,7 +50,7 @@ class ScratchModel:
         }
 
     def run(self, out: Path) -> dict[str, float]:
-        """Write `model/`."""
+        """Write the folder `model` inside `out`; return the vocabulary size."""
         tokenizer = bpe_tokenizer(self._strings(), self.vocab_size)
         write_seed_model(tokenizer, out / "model", **self.shape)
         return {"vocabulary": float(len(tokenizer))}
@@ -62,7 +62,7 @@ class ScratchModel:
 
 
 def _texts(value: object) -> Iterator[str]:
-    """Every text in a row, however deep; roles excepted."""
+    """Yield every text in a row, at any depth, except roles."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

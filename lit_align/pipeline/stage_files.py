@@ -1,4 +1,4 @@
-"""The files that a finished stage read and left: noted when it is done, and compared when a run goes on."""
+"""Record the files that a finished stage read and wrote, and compare them when a pipeline resumes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lit_align.models.seal import file_hash
 Print = list[Any]
 Prints = dict[str, Print]
 
-# What the pipeline itself writes into a stage's folder.
+# Files that the pipeline itself writes into the folder of a stage.
 _OWN = ("stage.json", "stage.yaml", "done.json")
 
 
 def print_of(file: Path) -> Print:
-    """What a file is known by."""
+    """Size, modification time and hash of a file."""
     told = file.stat()
     return [told.st_size, told.st_mtime_ns, file_hash(file)]
 
 
 def altered(file: Path, before: Print, thorough: bool = False) -> str | None:
-    """Compare a file with what it was.
+    """Compare a file with its recorded print.
 
     Args:
-        file: may be gone.
-        before: what `print_of` said.
-        thorough: read it even where size and time are those that it had: a flipped bit changes neither.
+        file: the file; it may be gone.
+        before: the earlier result of `print_of`.
+        thorough: compare the hash even if size and time are equal; a flipped bit changes neither.
 
     Returns:
-        What is the matter, in a few words; None if it is the same file.
+        The difference in a few words; None if the file is unchanged.
     """
     size, time, digest = before
     if not file.is_file():
@@ -45,7 +45,7 @@ def altered(file: Path, before: Print, thorough: bool = False) -> str | None:
 
 
 def outputs(kind: str, folder: Path) -> Prints:
-    """What later stages may read of a stage: a fit's model, a prediction's answers, all that a step has written."""
+    """Files that later stages may read: the model of a fit, the completions of a predict, all files of a call."""
     if kind == "fit":
         files = sorted(path for path in (folder / "model").rglob("*") if path.name != "README.md")
     elif kind == "predict":
@@ -56,11 +56,11 @@ def outputs(kind: str, folder: Path) -> Prints:
 
 
 def inputs(config: Any, inside: str) -> Prints:
-    """Files and models that a configuration names, those of other stages left out.
+    """Files and models that a configuration names, except those of other stages.
 
     Args:
-        config: of a stage.
-        inside: folder of the stages, with a slash at its end.
+        config: configuration of a stage.
+        inside: folder of the stages, with a trailing slash.
     """
     found: Prints = {}
     for text in _texts(config):
@@ -82,12 +82,12 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _files(text: str) -> Iterator[Path]:
-    """Files behind a text that looks like a path: one, those of a pattern, or the weights of a model's folder."""
+    """Files that a path-like text names: a file, the matches of a pattern, or the weights of a model folder."""
     if len(text) > 4096 or "\n" in text:
         return
     path = os.path.expanduser(os.path.expandvars(text))
     if os.path.isfile(path):
-        if "/" in text or "." in text:  # a word that happens to be the name of a file is a word
+        if "/" in text or "." in text:  # ignore a plain word that happens to be a file name
             yield Path(path)
     elif os.path.isdir(path):
         for folder in (Path(path), Path(path, "model")):
@@ -99,7 +99,7 @@ def _files(text: str) -> Iterator[Path]:
 
 
 def kind_of(name: str) -> str:
-    """The kind of change that a changed file is, as `--resume.allow` names it."""
+    """Kind of change that a changed file means, as `--resume.allow` names it."""
     return "model" if Path(name).suffix in (".safetensors", ".ckpt") or _of_model(Path(name)) else "data"
 
 
@@ -117,19 +117,19 @@ def check(
     again: str,
     thorough: bool = False,
 ) -> Prints:
-    """Compare the files of a finished stage; tell, or refuse, what has changed.
+    """Compare the files of a finished stage with their prints; report or refuse changes.
 
     Args:
-        what: the stage, as errors name it.
-        folder: that names of `prints` are relative to; absolute ones stay.
-        prints: noted when it was done.
-        allow: kinds of change that are accepted.
-        say: takes a line.
-        again: how to run it again.
+        what: the stage, as messages name it.
+        folder: folder that relative names in `prints` refer to.
+        prints: recorded when the stage was done.
+        allow: accepted kinds of change.
+        say: prints a line.
+        again: how to run the stage again, for the error.
         thorough: see `altered`.
 
     Returns:
-        The prints of what has changed and was accepted; of files that are gone nothing.
+        New prints of the files whose change was accepted; files that are gone are left out.
 
     Raises:
         ValueError: a file has changed or is gone, and its kind is not allowed.
@@ -143,10 +143,10 @@ def check(
         kind = "model" if name.startswith("model/") else kind_of(str(file))
         if kind not in allow:
             raise ValueError(
-                f"{what} is done, but {file} {matter} since then: put it back, {again}, or go on with what is there: "
+                f"{what} is done, but {file} {matter} since then: restore it, {again}, or continue with the change: "
                 f"--resume.allow {kind}"
             )
-        say(f"{what}: {file} {matter} since it was done; goes on with what is there, as --resume.allow {kind} says")
+        say(f"{what}: {file} {matter} since it was done; continues with the change (--resume.allow {kind})")
         if file.is_file():
             accepted[name] = print_of(file)
     return accepted

@@ -1,6 +1,6 @@
-"""Stages in order, artefacts handed over as folders, taken up where they were left.
+"""Run stages in order. Stages pass artefacts on as folders, and an interrupted pipeline resumes where it stopped.
 
-A pipeline file names stages, each with the YAML it runs, and nothing else; every stage can be run alone by hand:
+A pipeline file lists stages, each with the YAML that it runs. Every stage can also be run alone by hand:
 
     root: runs/sandbox
     stages:
@@ -8,10 +8,11 @@ A pipeline file names stages, each with the YAML it runs, and nothing else; ever
       samples: {predict: samples.yaml}
       comparisons: {call: comparisons.yaml}
 
-`fit` and `predict` are the commands of that name; `call` instantiates a class that has `run(out: Path)` and runs it.
-Stages that repeat are a loop: see `rounds.py`.
-Paths in the stages' YAML that begin with the root are where stages find each other's artefacts: with another output
-folder they follow. With another seed, so does every key named `seed` or `seed_everything`.
+`fit` and `predict` are the commands of that name; `call` instantiates a class and calls its `run(out: Path)`.
+Repeated stages form a loop: see `rounds.py`.
+
+Stages find each other's artefacts by paths that begin with the root. With another output folder, these paths are
+rewritten. `seed` is added to every key named `seed` or `seed_everything`.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from lit_align.utils.owned import check_output
 
 KINDS = ("fit", "predict", "call")
 DONE = "done.json"
-# What lies beside the folders of stages.
+# Reserved names: entries beside the folders of the stages.
 TAKEN = ("replaced", "summary.json", "manifest.json", "sweep.json", "report.html")
 
 
 class Step(Protocol):
-    """What a `call` stage names by class_path."""
+    """Protocol of the classes that a `call` stage names by class_path."""
 
     def run(self, out: Path) -> dict[str, float]:
-        """Write artefacts into a folder; return figures for the summary."""
+        """Write artefacts into the folder `out`; return figures for the summary."""
         ...
 
 
@@ -54,12 +55,12 @@ class Stage:
     """One stage, resolved.
 
     Attributes:
-        name: also the name of its folder.
+        name: name of the stage and of its folder.
         kind: fit, predict or call.
-        config: its YAML, with seed and overrides filled in; paths are those of the file, whatever the output folder.
-        parents: stages whose folders its configuration names.
-        file: that YAML.
-        round: of the loop it is in, from 1.
+        config: content of its YAML with seed and overrides applied. Paths still begin with the root.
+        parents: stages whose folders the configuration names.
+        file: the YAML file.
+        round: round of its loop, from 1.
     """
 
     name: str
@@ -80,13 +81,13 @@ class Pipeline:
 
     Args:
         file: the pipeline's YAML.
-        out: where to run; null for the file's root.
+        out: output folder; null takes the root named in the file.
         seed: added to every seed of the stages.
-        quick: apply the file's `quick` overrides, which shrink it to a trial.
-        overrides: "stage.dotted.key": value, over everything else.
+        quick: apply the file's `quick` overrides, which shrink the pipeline to a trial.
+        overrides: "stage.dotted.key": value; these win over everything else.
 
     Raises:
-        ValueError: the file does not say what a pipeline needs; names the key.
+        ValueError: a key is missing, unknown or wrong; names the key.
     """
 
     def __init__(
@@ -152,14 +153,14 @@ class Pipeline:
         return Stage(name, kind, config, sorted(parents - {name}), self.file.parent / file, slot.round)
 
     def _check_order(self) -> None:
-        """A stage that uses a later one's artefacts would find them only in the second run."""
+        """Refuse a stage that uses artefacts of a later stage: they would exist only in the second run."""
         names = [stage.name for stage in self.stages]
         for number, stage in enumerate(self.stages):
             if late := [parent for parent in stage.parents if parent in names[number:]]:
                 raise ValueError(f"{self.file}: stage {stage.name!r} uses {late[0]!r}, which comes after it")
 
     def _fill(self, value: Any, parents: set[str]) -> Any:
-        """Seeds; notes which stages are named."""
+        """Add the seed to all seeds, and collect the stages that paths name into `parents`."""
         if isinstance(value, dict):
             return {
                 key: item + self.seed
@@ -177,7 +178,7 @@ class Pipeline:
         return value
 
     def moved(self, value: Any) -> Any:
-        """Paths under the root, under the output folder."""
+        """Rewrite paths that begin with the root to begin with the output folder."""
         if isinstance(value, dict):
             return {key: self.moved(item) for key, item in value.items()}
         if isinstance(value, list):
@@ -193,29 +194,30 @@ class Pipeline:
         say: Callable[[str], None] = display.say,
         allow: frozenset[str] = frozenset(),
     ) -> dict[str, float]:
-        """Run what is not done yet; write `summary.json`, and return it.
+        """Run all stages that are not done yet; write `summary.json` and return its content.
 
-        A stage is done when its configuration and its parents' are those it was done with. One whose configuration has
-        changed is set aside and run again; one that was interrupted goes on from its last checkpoint. The files that a
-        finished stage has read and left must be those that they were: before the next stage reads them, bit by bit.
+        A stage counts as done if its configuration and those of its parents are unchanged. If a configuration has
+        changed, the old folder is set aside and the stage runs again. An interrupted stage resumes from its last
+        checkpoint. The files that a finished stage read and wrote must be unchanged; before a later stage reads them,
+        they are compared by checksum.
 
         Args:
             command: runs a stage of kind fit or predict.
-            step: runs a `call`.
-            say: takes a line.
-            allow: kinds of change that are accepted, as `--resume.allow` names them.
+            step: runs a stage of kind call.
+            say: prints a line.
+            allow: accepted kinds of change, as in `--resume.allow`.
 
         Raises:
-            ValueError: a finished stage's files are gone or have changed.
-            InUseError: another run has the output folder.
-            FileExistsError: the output folder holds files of the user's under names that will be written.
+            ValueError: files of a finished stage are gone or have changed.
+            InUseError: another run holds the output folder.
+            FileExistsError: the output folder holds files of the user under names that will be written.
         """
         with claim.held(self.out, say):
             self._check_out()
             return self._run(command, step, say, allow)
 
     def _check_out(self) -> None:
-        """Refuse an output folder in which the stages or the summary would write over what is not of lit_align.
+        """Refuse an output folder in which stages or the summary would overwrite files that lit_align did not write.
 
         Raises:
             FileExistsError: names the file or the folder, and the way out.
@@ -223,7 +225,7 @@ class Pipeline:
         if claim.other_rank():
             return
         check_output(self.out, ("summary.json", "manifest.json"), [stage.name for stage in self.stages])
-        if not (self.out / "manifest.json").exists():  # the mark of the folder, from the start
+        if not (self.out / "manifest.json").exists():  # marks the folder as ours from the start
             write_whole(self.out / "manifest.json", json.dumps(self._manifest({}), indent=2) + "\n")
 
     def _run(
@@ -259,7 +261,13 @@ class Pipeline:
     def _check_done(
         self, stage: Stage, allow: frozenset[str], say: Callable[[str], None], thorough: bool = False
     ) -> None:
-        """Compare what a finished stage has read and left; before it is read again, to the last bit.
+        """Compare the files that a finished stage read and wrote with those recorded then.
+
+        Args:
+            stage: the finished stage.
+            allow: accepted kinds of change.
+            say: prints a line.
+            thorough: compare outputs by checksum, not only by size and time.
 
         Raises:
             ValueError: a file has changed or is gone.
@@ -287,7 +295,7 @@ class Pipeline:
             with secret.without(folder / "stage.yaml", self.moved(stage.config)) as file:
                 figures = self._ran(stage, folder, file, command, step, allow)
         finally:
-            # The time of an interrupted attempt counts.
+            # The time of interrupted attempts counts too.
             seconds = before + time.monotonic() - started
             write_json(folder / "stage.json", {"key": key, "seconds": seconds})
         files = {"outputs": outputs(stage.kind, folder), "inputs": inputs(stage.config, f"{self.root}/")}
@@ -297,13 +305,13 @@ class Pipeline:
     def _ran(
         self, stage: Stage, folder: Path, file: Path, command: RunCommand, step: RunStep, allow: frozenset[str]
     ) -> dict[str, float]:
-        """Run a stage's file; the figures of a step."""
+        """Run the file of a stage; return the figures of a call, or none."""
         if stage.kind == "call":
             return step(file, folder)
-        # Of a killed run, last.ckpt may be missing or lead nowhere; `last` finds the newest there is.
+        # After a kill, last.ckpt may be missing or a broken link; `--ckpt_path last` finds the newest checkpoint.
         resumes = stage.kind == "fit" and any((folder / "checkpoints").glob("*.ckpt"))
         if stage.kind == "fit" and not resumes:
-            # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
+            # Files of an attempt without a checkpoint are useless, and would push the run to another folder name.
             (folder / "config.yaml").unlink(missing_ok=True)
             (folder / "metrics.csv").unlink(missing_ok=True)
         accept = [f"--resume.allow=[{','.join(sorted(allow))}]"] if allow else []
@@ -312,7 +320,7 @@ class Pipeline:
         return {}
 
     def summary(self) -> dict[str, float]:
-        """Figures of all stages: what steps returned, what fits validated last, and seconds."""
+        """Figures of all stages: return values of calls, last validation metrics of fits, and seconds."""
         summary: dict[str, float] = {}
         for stage in self.stages:
             folder = self.out / stage.name
@@ -326,7 +334,7 @@ class Pipeline:
         return summary
 
     def _key(self, stage: Stage, keys: Mapping[str, str]) -> str:
-        """Hash of a stage's configuration, wherever it runs, and of its parents'."""
+        """Hash of the configurations of a stage and its parents; independent of the output folder."""
         text = json.dumps(stage.config, sort_keys=True)
         parents = [keys[parent] for parent in stage.parents if parent in keys]
         return hashlib.sha256(json.dumps([stage.kind, text, parents]).encode()).hexdigest()[:16]
@@ -337,15 +345,15 @@ class Pipeline:
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
-    """The last value of each validation metric of a run, without the `val/`."""
+    """Last value of each validation metric of a run, named without `val/`."""
     return {name[4:]: value for name, value in last_values(metrics).items() if name.startswith("val/")}
 
 
 def load_yaml(file: Path) -> dict[str, Any]:
-    """The mapping that a file holds.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ValueError: it holds something else, or cannot be read; names the file.
+        ValueError: the file cannot be read or holds something else; names the file.
     """
     try:
         content = limits.load_yaml(limits.read_text(file), file)
@@ -360,15 +368,15 @@ def load_yaml(file: Path) -> dict[str, Any]:
 
 
 def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
-    """Stages of dotted keys as "stage.dotted.key"."""
+    """Flatten stages with dotted keys to "stage.dotted.key"."""
     return {f"{stage}.{key}": value for stage, keys in nested.items() for key, value in keys.items()}
 
 
 def _set(config: dict[str, Any], dotted: str, value: Any, what: str) -> None:
     def place(here: Any, part: str) -> Any:
-        """A key of a mapping, an index of a list."""
+        """Key of a mapping or index of a list."""
         if isinstance(here, list) and not (part.isdigit() and int(part) < len(here)):
-            raise ValueError(f"{what}: {part!r} is no index of a list of {len(here)}")
+            raise ValueError(f"{what}: {part!r} is not an index of a list of {len(here)}")
         return int(part) if isinstance(here, list) else part
 
     *path, last = dotted.split(".")
@@ -377,15 +385,15 @@ def _set(config: dict[str, Any], dotted: str, value: Any, what: str) -> None:
         at = place(here, part)
         here = here[at] if isinstance(here, list) else here.setdefault(at, {})
         if not isinstance(here, (dict, list)):
-            raise ValueError(f"{what} goes through {part!r}, which is no mapping")
+            raise ValueError(f"{what} goes through {part!r}, which is not a mapping")
     here[place(here, last)] = value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote; empty without the file.
+    """Read what `write_json` wrote; empty if the file does not exist.
 
     Raises:
-        ValueError: the file is damaged; names it.
+        ValueError: the file is damaged; names the file.
     """
     if not path.exists():
         return {}
@@ -393,17 +401,17 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}): remove it, and the part that it belongs to runs again"
+            f"{path} is damaged ({error}): remove it, and the stage or point that it belongs to runs again"
         ) from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write, whole or not at all."""
+    """Write JSON atomically."""
     write_whole(path, json.dumps(content))
 
 
 def set_aside(folder: Path) -> Path:
-    """Move a folder to a free name in `replaced` beside it."""
+    """Move a folder to a free name in the folder `replaced` beside it; return the new path."""
 
     def free() -> Iterator[Path]:
         number = 1

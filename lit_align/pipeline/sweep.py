@@ -1,4 +1,4 @@
-"""A sweep file of Weights & Biases, run here: its points one after another, without an account.
+"""Run a sweep file of Weights & Biases locally: one point after another, without an account.
 
     name: dpo
     method: grid
@@ -7,7 +7,7 @@
       model.init_args.beta: {values: [0.05, 0.1, 0.2]}
     command: [lit-align, fit, -c, experiments/sandbox/dpo.yaml, "${args}"]
 
-A point is its arguments: it lies in a folder named after them, so that a file with a value more runs that value alone.
+The folder of a point is named after its arguments. After a value is added to the file, only the new points run.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from lit_align.utils.disk import sync_tree, write_whole
 from lit_align.utils.names import check_name
 from lit_align.utils.owned import check_output
 
-# The keys of W&B's schema; what is not named in this file is for W&B alone.
+# Keys of W&B's schema. Keys that are not used below matter to W&B only.
 _KEYS = {
     "name", "method", "metric", "parameters", "command", "run_cap", "early_terminate",
     "program", "project", "entity", "description",
 }  # fmt: skip
-# More runs than anyone has time for: a grid of so many is a mistake.
+# A grid with more points than this is a mistake.
 MAX_POINTS = 10_000
-# What may stand before `lit-align` in a command.
+# Words that may precede `lit-align` in a command.
 _LAUNCHERS = ("${env}", "${interpreter}", "/usr/bin/env", "python", "python3", "-m")
 
-# The number of a point's draw, given the parameter's own keys.
+# Draw a number, given a random generator and the keys of the parameter.
 _DRAW: dict[str, Callable[[Random, Mapping[str, Any]], float]] = {
     "uniform": lambda random, told: random.uniform(told["min"], told["max"]),
     "int_uniform": lambda random, told: random.randint(told["min"], told["max"]),
@@ -56,7 +56,7 @@ _DRAW: dict[str, Callable[[Random, Mapping[str, Any]], float]] = {
 }
 _DISTRIBUTIONS = (*_DRAW, *(f"q_{name}" for name in _DRAW if name != "int_uniform"))
 
-# Fits, given the arguments of `lit-align`.
+# Runs a fit, given the arguments of `lit-align`.
 Fit = Callable[[list[str]], Any]
 
 
@@ -65,9 +65,9 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-        parameters: what it differs in.
+        parameters: values of the swept keys.
         args: the command line, as W&B would write it.
-        key: of everything that decides its result: arguments and configuration files.
+        key: hash of everything that decides the result: arguments and configuration files.
     """
 
     parameters: dict[str, Any]
@@ -76,27 +76,27 @@ class Point:
 
     @property
     def name(self) -> str:
-        """Its folder."""
+        """Name of the folder of the point."""
         return hashlib.sha256(json.dumps(sorted(_args(self.parameters))).encode()).hexdigest()[:8]
 
 
 class Sweep:
-    """A sweep file, checked.
+    """A checked sweep file.
 
     Args:
         file: the sweep's YAML.
-        out: where to run; null for runs/sweeps/ and the sweep's name.
-        count: how many random points; null for the file's `run_cap`. Of a grid, how many of its points.
+        out: output folder; null takes runs/sweeps/NAME.
+        count: number of points to run; null takes the file's `run_cap`, or the whole grid.
 
     Raises:
-        ValueError: the file does not say what a sweep needs, or what only W&B can do; names the key.
+        ValueError: a key is missing or wrong, or needs W&B's server; names the key.
     """
 
     def __init__(self, file: str | Path, out: str | Path | None = None, count: int | None = None) -> None:
         self.file = Path(file)
         self.told = load_yaml(self.file)
         if unknown := sorted(map(str, set(self.told) - _KEYS)):
-            raise self._wrong(unknown[0], f"is no key of a sweep; keys are {', '.join(sorted(_KEYS))}")
+            raise self._wrong(unknown[0], f"is not a key of a sweep; keys are {', '.join(sorted(_KEYS))}")
         try:
             self.name = check_name(self.told.get("name", self.file.stem), "name")
         except ValueError as error:
@@ -123,7 +123,7 @@ class Sweep:
         self.points = list(itertools.islice(self._points(), self.count))
 
     def _check_size(self) -> None:
-        """Count the points of a grid before any of them is built."""
+        """Count the points of a grid before building any of them."""
         total = math.prod(len(told.get("values", ())) for told in self.parameters.values())
         if self.method == "grid" and self.count is None and total > MAX_POINTS:
             raise self._wrong(
@@ -143,7 +143,7 @@ class Sweep:
         return told["name"], goal
 
     def _command(self) -> list[str]:
-        """The words after `lit-align`; without W&B's logger, and without the resumption that is decided here."""
+        """Words after `lit-align`, without W&B's logger and without --ckpt_path, which is decided per point."""
         words = self.told.get("command")
         if not isinstance(words, list) or words.count("${args}") != 1:
             raise self._wrong("command", 'must be a list of words, "${args}" one of them')
@@ -156,7 +156,7 @@ class Sweep:
         return [word for word in rest[1:] if not left_out.fullmatch(word)]
 
     def _parameter(self, key: str, told: Any) -> dict[str, Any]:
-        """Checked; with its values, or with the distribution it is drawn from."""
+        """Check a parameter; return its values or its distribution."""
         if not isinstance(told, dict):
             raise self._wrong(key, "must be a mapping with value, values or a distribution")
         if "parameters" in told:
@@ -201,7 +201,7 @@ class Sweep:
         return {**told, "distribution": kind}
 
     def _points(self) -> Iterator[Point]:
-        """Each once: a grid's in the order of the file; random ones by the sweep's name, its seed and their number."""
+        """Yield each point once: a grid in file order; random points seeded by sweep name, seed and number."""
         seen: set[str] = set()
         for parameters in self._grid() if self.method == "grid" else self._random():
             point = self._point(parameters)
@@ -214,11 +214,11 @@ class Sweep:
             yield dict(zip(self.parameters, values, strict=True))
 
     def _random(self) -> Iterator[dict[str, Any]]:
-        # A few values have few combinations: the draws end.
+        # Limit the draws: a few values have few distinct combinations.
         seed = self.parameters.get("seed_everything", {}).get("values", [0])[0]
         for number in range(100 * (self.count or 0)):
             random = Random(f"{self.name}/{seed}/{number}")
-            # By name, so that the order of the file does not matter.
+            # Draw in order of names, so that the order in the file does not matter.
             drawn = {key: _draw(random, self.parameters[key]) for key in sorted(self.parameters)}
             yield {key: drawn[key] for key in self.parameters}
 
@@ -233,15 +233,15 @@ class Sweep:
     def run(
         self, fit: Fit, say: Callable[[str], None] = display.say, allow: frozenset[str] = frozenset()
     ) -> dict[str, Any]:
-        """Run what is not done yet; write `sweep.json`, and return it.
+        """Run all points that are not done yet; write `sweep.json` and return its content.
 
-        A point that was interrupted goes on from its last checkpoint; one that fails is noted, and tried again when the
-        sweep is run again. `allow` are kinds of change since then that are accepted, as `--resume.allow` names them.
+        An interrupted point resumes from its last checkpoint. A failed point is recorded, and tried again the next time
+        that the sweep runs. `allow` names accepted kinds of change, as `--resume.allow` does.
 
         Raises:
-            ValueError: data or models of a finished point have changed; no run has the metric; all have failed; or
-                another sweep has the folder.
-            FileExistsError: the folder holds files of the user's under names that will be written.
+            ValueError: data or models of a finished point have changed, no run logs the metric, all points failed, or
+                another sweep holds the folder.
+            FileExistsError: the folder holds files of the user under names that will be written.
         """
         with claim.held(self.out, say):
             return self._run(fit, say, allow)
@@ -286,7 +286,7 @@ class Sweep:
         checkpoint = folder / "checkpoints" / "last.ckpt"
         resumes = any(checkpoint.parent.glob("*.ckpt"))
         if not resumes:
-            # What an attempt without a checkpoint left behind is of no use, and would take the run's name.
+            # Files of an attempt without a checkpoint are useless, and would push the run to another folder name.
             (folder / "config.yaml").unlink(missing_ok=True)
             (folder / "metrics.csv").unlink(missing_ok=True)
         last = ["--ckpt_path", str(checkpoint) if checkpoint.exists() else "last"] if resumes else []
@@ -296,7 +296,7 @@ class Sweep:
         started = time.monotonic()
         try:
             fit([*point.args, f"--out={folder}", *last])
-        except Exception as error:  # whatever a point fails of, the next may do without
+        except Exception as error:  # the other points may still succeed
             record["error"] = " ".join(f"{type(error).__name__}: {error}".split())
         finally:
             record["seconds"] = round(record["seconds"] + time.monotonic() - started, 1)
@@ -309,14 +309,14 @@ class Sweep:
         record["metric"] = value if math.isfinite(value) and "error" not in record else None
         if "error" not in record:
             record["inputs"] = {}
-            with contextlib.suppress(ValueError):  # a command that wrote no configuration names no files
+            with contextlib.suppress(ValueError):  # without a configuration there are no files to record
                 record["inputs"] = inputs(load_yaml(folder / "config.yaml"), f"{self.out}/")
             sync_tree(folder)
             write_json(folder / DONE, record)
         return record
 
     def _result(self, records: list[dict[str, Any]]) -> dict[str, Any]:
-        """What is known, the best first."""
+        """Content of sweep.json: all points so far, the best first."""
         sign = -1.0 if self.goal == "maximize" else 1.0
         ranked = sorted(records, key=lambda r: math.inf if r["metric"] is None else sign * r["metric"])
         keys = ("folder", "parameters", "metric", "seconds", "error")
@@ -331,13 +331,13 @@ class Sweep:
         }
 
     def describe(self, point: Point) -> str:
-        """What it differs in."""
+        """Swept values of a point, by short names."""
         names = short_names(self.parameters)
         return " ".join(f"{names[key]}={value}" for key, value in secret.redacted(point.parameters).items())
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """A sweep's points as text, the best first."""
+    """Format the points of a sweep as text, the best first."""
     names = result["names"]
     rows = [["run", *names.values(), result["metric"], "seconds"]]
     for point in result["points"]:
@@ -349,7 +349,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def short_names(keys: Mapping[str, Any]) -> dict[str, str]:
-    """Keys by the shortest endings that tell them apart."""
+    """Shorten each key to the shortest ending that is unique."""
     paths = {key: [part for part in key.split(".") if part != "init_args"] for key in keys}
 
     def ending(key: str, length: int) -> str:
@@ -364,7 +364,7 @@ def short_names(keys: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _args(parameters: Mapping[str, Any]) -> list[str]:
-    """`${args}`, as W&B's agent writes them."""
+    """Format parameters as W&B's agent fills in `${args}`."""
     return [f"--{key}={value}" for key, value in parameters.items()]
 
 

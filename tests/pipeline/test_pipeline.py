@@ -241,16 +241,19 @@ WRONG = [
     ({"quick": {"five": {"init_args.words": []}}}, f"'five.init_args.words' overrides no key of a stage; {STAGES}"),
     (
         {"quick": {"one": {"init_args.words.7": "x"}}},
-        "override 'one.init_args.words.7': '7' is no index of a list of 1",
+        "override 'one.init_args.words.7': '7' is not an index of a list of 1",
     ),
     (
         {"quick": {"one": {"init_args.words.x": "x"}}},
-        "override 'one.init_args.words.x': 'x' is no index of a list of 1",
+        "override 'one.init_args.words.x': 'x' is not an index of a list of 1",
     ),
-    ({"quick": {"one": {"init_args.words.1.y": 3}}}, "override 'one.init_args.words.1.y': '1' is no index of a list"),
+    (
+        {"quick": {"one": {"init_args.words.1.y": 3}}},
+        "override 'one.init_args.words.1.y': '1' is not an index of a list",
+    ),
     (
         {"quick": {"one": {"class_path.x": 3}}},
-        "override 'one.class_path.x' goes through 'class_path', which is no mapp",
+        "override 'one.class_path.x' goes through 'class_path', which is not a mapping",
     ),
     ({"files": {"one": {"init_args": {"inputs": [f"{ROOT}/two/x"]}}}}, "stage 'one' uses 'two', which comes after it"),
 ]

@@ -108,8 +108,11 @@ WRONG = [
     ({"stages": None}, "loop 'up' needs stages (a mapping)"),
     ({"then": {}}, "loop 'up' has an unknown key 'then'; it has rounds, stages and again"),
     ({"again": ["a"]}, "loop 'up': again must be a mapping of stage.dotted.key to values"),
-    ({"again": {"shrink.init_args.x": 1}}, "loop 'up': again.shrink.init_args.x is no key of a stage; stages are grow"),
-    ({"again": {"grow": 1}}, "loop 'up': again.grow is no key of a stage"),
+    (
+        {"again": {"shrink.init_args.x": 1}},
+        "loop 'up': again.shrink.init_args.x is not a key of a stage; stages are grow",
+    ),
+    ({"again": {"grow": 1}}, "loop 'up': again.grow is not a key of a stage"),
     ({"again": {"grow.class_path.x": 1}}, "again of loop 'up', 'grow.class_path.x' goes through 'class_path', which"),
     ({"stages": {"grow": {"run": "grow.yaml"}}, "again": None}, "stage 'up_1_grow' must be one of fit, predict, call"),
     ({"more": {"up_1_grow": {"call": "grow.yaml"}}}, "two stages are called 'up_1_grow'"),

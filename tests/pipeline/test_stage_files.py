@@ -68,7 +68,7 @@ def test_a_finished_stage_whose_files_are_others(place: Path, how: str) -> None:
         run(place)
     assert "\n" not in str(caught.value)
     said = run(place, "data")
-    assert f"stage 'one': {file} {says} since it was done; goes on with what is there" in said[0]
+    assert f"stage 'one': {file} {says} since it was done; continues with the change" in said[0]
     if how == "changed":  # told once
         assert all("done before" in line for line in run(place))
     # The way out that the error names.

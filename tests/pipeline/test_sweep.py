@@ -142,7 +142,7 @@ def of(key: str, told: Any, **more: Any) -> dict[str, Any]:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({**GRID, "commnad": []}, "commnad is no key of a sweep; keys are command, "),
+    ({**GRID, "commnad": []}, "commnad is not a key of a sweep; keys are command, "),
     ({**GRID, "method": "bayes"}, "method is 'bayes': grid and random run locally, bayes with `wandb sweep`"),
     ({**GRID, "method": None}, "method is None: grid and random run locally"),
     ({**GRID, "metric": "val/loss"}, "metric.name is missing"),
