@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lit_align
+from lit_align.cli.evaluate import evaluate
 from lit_align.config.errors import ConfigError, explain
 from lit_align.config.named_files import check_files
 from lit_align.config.own_modules import importable
@@ -247,4 +248,5 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "chat": chat,
     "report": report,
     "export": export,
+    "evaluate": evaluate,
 }

@@ -28,6 +28,7 @@ USAGE = """usage: lit-align COMMAND [options]
   sweep FILE                     the points of a W&B sweep file, one after another, resumable
   chat FOLDER                    talk to a model in the terminal
   export RUN OUT                 the model of a run's folder or of a checkpoint file, as a folder for transformers
+  evaluate KIND ...              measures with intervals: of a reward model on pairs, of a policy, of data sets
   report RUN [RUN ...]           the page of a run, a pipeline or a sweep; of several runs, one that compares them
 
 `COMMAND --help` says more. Errors are one line; set LIT_ALIGN_DEBUG=1 for the traceback.

@@ -221,7 +221,7 @@ def _best_of(
             ideal.append(best_of_n(quality, quality, n)[0] - by_chance)
             groups.append(one.group)
         interval = mean_interval(gains, groups, resamples=resamples, seed=seed)
-        unit = "grade" if graded else "share of the other answers that are worse"
+        unit = "grade" if graded else "share of other answers beaten"
         rows.append({"n": n, "gain": interval, "gain_of_the_judge": float(np.mean(ideal)), "unit": unit})
     return rows
 
