@@ -17,10 +17,10 @@ from lit_align.utils.model_folder import find_model
 
 
 class _Escaped(TextStreamer):
-    """Prints an answer as it grows, with control characters escaped."""
+    """Stream a completion to the terminal with control characters escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Print what no further token can change."""
+        """Print the text that further tokens cannot change."""
         print(printable(text, lines=True), flush=True, end="\n" if stream_end else "")
 
 
@@ -28,16 +28,16 @@ HELP = "/new begins a new conversation, /quit or an empty line ends"
 
 
 class Chat:
-    """A conversation with a model, which answers as it was trained to: by its chat template, up to its stop tokens.
+    """A conversation with a model. Completions use its chat template and end at its stop tokens.
 
     Args:
-        name: folder of a model or of a run, or a name on the hub; of a pipeline, its last language model.
-        temperature: of the sampling; 0 takes the most probable token.
-        max_new_tokens: of an answer.
-        system: a first message, if the template takes one.
+        name: folder of a model, a run or a pipeline (its last language model), or a name on the hub.
+        temperature: sampling temperature; 0 takes the most probable token.
+        max_new_tokens: maximum length of a completion, in tokens.
+        system: system message, if the template takes one.
 
     Raises:
-        ValueError: no such model, or no chat template.
+        ValueError: the model does not exist or has no chat template.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Chat:
         self.options = {"max_new_tokens": max_new_tokens, **sampled}
 
     def new(self) -> None:
-        """Forget what was said."""
+        """Start a new conversation."""
         self.messages = list(self.begin)
 
     def say(self, text: str, streamer: TextStreamer | None = None) -> str:
-        """An answer to a message and to all that was said before it."""
+        """Add a user message and return the model's completion."""
         self.messages.append({"role": "user", "content": text})
         inputs = self.tokenizer.apply_chat_template(
             self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -79,7 +79,7 @@ class Chat:
 
 
 def converse(chat: Chat, lines: Iterable[str], write: Callable[[str], Any] = print) -> None:
-    """Answer line after line, token by token, until there are none or one is empty."""
+    """Answer each line until the lines end or one is empty."""
     write(HELP)
     for line in lines:
         text = line.strip()
@@ -91,6 +91,6 @@ def converse(chat: Chat, lines: Iterable[str], write: Callable[[str], Any] = pri
         before = len(chat.messages)
         try:
             chat.say(text, _Escaped(chat.tokenizer, skip_prompt=True, skip_special_tokens=True))
-        except KeyboardInterrupt:  # stops the answer; at the next prompt, it ends the conversation
+        except KeyboardInterrupt:  # stops the completion; at the prompt, Ctrl-C ends the conversation
             del chat.messages[before:]
             write(" (stopped, and not remembered)")

@@ -22,17 +22,17 @@ from lit_align.utils.stopping import no_silent_exit
 
 
 def experiments() -> Path:
-    """The folder of YAML that ships with the package: in the source tree, or beside the installed modules."""
+    """Folder of the YAML files that ship with the package: in the source tree, or in the installed package."""
     package = Path(lit_align.__file__).parent
     source = package.parent / "experiments"
     return source if (source / "sandbox" / "pipeline.yaml").exists() else package / "experiments"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the other commands do."""
+    """Argument parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Instead of the usage and an exit.
+        """Raise instead of printing the usage and exiting.
 
         Raises:
             ConfigError: always.
@@ -119,7 +119,7 @@ def export(args: list[str]) -> str:
 
 
 def _asked(prompt: str) -> str:
-    # Bytes that are no UTF-8 become replacement characters, which a tokenizer takes.
+    # Replace bytes that are not UTF-8: tokenizers accept replacement characters.
     if isinstance(sys.stdin, io.TextIOWrapper) and sys.stdin.errors != "replace":
         sys.stdin.reconfigure(errors="replace")
     try:

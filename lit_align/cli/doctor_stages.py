@@ -1,4 +1,4 @@
-"""`lit-align doctor PIPELINE`: each stage that can be examined, in order."""
+"""`lit-align doctor PIPELINE`: examine each stage that can be examined, in order."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lit_align.utils.display import printable, say
 
 
 def is_pipeline(file: str) -> bool:
-    """Whether a file of YAML holds stages."""
+    """True if a YAML file is a pipeline (it has the key `stages`)."""
     return Path(file).is_file() and "stages" in (limits.load_yaml(limits.read_text(Path(file)), file) or {})
 
 
 def examine_stages(file: str, examine: Callable[[Path], Any]) -> None:
-    """Examine the stages of a pipeline whose models are there: those of the hub, of folders, of finished stages.
+    """Examine the stages of a pipeline whose models exist: on the hub, in a folder, or from a finished stage.
 
     Args:
-        file: of the pipeline.
-        examine: examines the configuration of a stage, and raises where something would spoil its run.
+        file: the pipeline file.
+        examine: examines the configuration of a stage; raises if something would spoil its run.
 
     Raises:
-        ConfigError: some stages would be spoilt; names them.
+        ConfigError: names the stages with such findings.
     """
     from lit_align.pipeline.stages import DONE, Pipeline  # imports torch
 

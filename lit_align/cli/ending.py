@@ -1,4 +1,4 @@
-"""What `fit` prints when it ends: the last figures, and where the model is."""
+"""Lines that `fit` prints at its end: the last figures, and the model folder."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from lightning import Trainer
 
-# In this order: losses, then the metric that each method is judged by.
+# In order of printing: losses, then the main metric of each method.
 _FIGURES = (
     "train/loss", "val/loss", "train/accuracy", "val/accuracy", "ppo/reward", "val/reward", "ppo/kl", "val/kl",
 )  # fmt: skip
 
 
 def ending(trainer: Trainer, out: Path, seconds: float) -> Iterator[str]:
-    """Lines for the end of a fit.
+    """Yield the lines for the end of a fit.
 
     Args:
-        trainer: after the fit.
+        trainer: the Trainer after the fit.
         out: folder of the run.
-        seconds: that the fit took in this process.
+        seconds: duration of the fit in this process.
     """
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     figures = [f"{name} {metrics[name]:.4g}" for name in _FIGURES if math.isfinite(metrics.get(name, math.nan))]
@@ -32,14 +32,14 @@ def ending(trainer: Trainer, out: Path, seconds: float) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds below two minutes, minutes below two hours, else hours."""
+    """Format a duration: seconds below two minutes, minutes below two hours, else hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _which(model: Path) -> str:
-    """Which step the exported weights are of, if it is not the last."""
+    """Step of the exported weights, if they are not the last ones."""
     try:
         told = json.loads((model / "lit_align.json").read_text())
     except (OSError, ValueError):

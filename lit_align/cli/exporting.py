@@ -1,4 +1,4 @@
-"""`lit-align export`: a model folder from a checkpoint, or from the folder of a run."""
+"""`lit-align export`: write a model folder from a checkpoint or from the folder of a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lit_align.modules.ppo import PPOModule
 from lit_align.modules.restored import check_state
 from lit_align.modules.reward import RewardModule
 
-# The module is built on the CPU, whatever the run was trained on.
+# Build the module on the CPU, whatever device the run used.
 _HERE = (
     "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto",
     "--trainer.precision=32-true", "--trainer.logger=false", "--trainer.callbacks=null", "--trainer.plugins=null",
@@ -47,22 +47,22 @@ def export_run(
     dtype: str | None = None,
     config: Path | None = None,
 ) -> str:
-    """Write a checkpoint's model as a folder that plain transformers loads.
+    """Write the model of a checkpoint as a folder that plain transformers loads.
 
     Args:
         source: a checkpoint file, or the folder of a run.
-        out: folder to write; one that an export made is replaced.
-        which: of a run's folder, last or best; null for the best where a metric was monitored.
-        role: policy, or value of a PPO run; null for what the run trains.
-        adapter: write the adapter alone instead of merging it.
-        dtype: of the weights in the folder; null for that of training.
-        config: config.yaml of the run, for a checkpoint that lies elsewhere.
+        out: folder to write; an earlier export there is replaced.
+        which: checkpoint of a run's folder, last or best; null takes the best if a metric was monitored.
+        role: policy, reward, or value of a PPO run; null takes the main model of the run.
+        adapter: write the adapter without merging it.
+        dtype: dtype of the written weights; null keeps that of training.
+        config: config.yaml of the run, for a checkpoint outside of its run's folder.
 
     Returns:
-        What was written, in one line.
+        One line about what was written.
 
     Raises:
-        ValueError: says what is missing, or what cannot be exported.
+        ValueError: something is missing or cannot be exported; names it.
     """
     _check_free(out)
     file, run = _checkpoint(source, which)
@@ -82,7 +82,7 @@ def export_run(
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     picked = _picked(file, run, checkpoint)
-    # What a card asks of a Trainer.
+    # The attributes of a Trainer that `model_card` reads.
     trainer: Any = SimpleNamespace(datamodule=data, global_step=picked.steps, callback_metrics={})
     card = model_card(trainer, module, run, out.resolve().name, picked, model)
     tokenizer = _tokenizer(module, data, run)
@@ -91,7 +91,7 @@ def export_run(
 
 
 def _check_free(out: Path) -> None:
-    """Refuse to replace what no export has written."""
+    """Refuse to replace anything but an earlier export."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ConfigError(f"{out} is a file or a link, and a folder is written: give another name")
     if out.is_dir():
@@ -102,7 +102,7 @@ def _check_free(out: Path) -> None:
 
 
 def _checkpoint(source: Path, which: str | None) -> tuple[Path, Path | None]:
-    """The checkpoint's file, and the folder of its run if it lies in one."""
+    """Checkpoint file, and the folder of its run if there is one."""
     if source.is_dir():
         folder = source / "checkpoints"
         if not folder.is_dir():
@@ -126,7 +126,7 @@ def _checkpoint(source: Path, which: str | None) -> tuple[Path, Path | None]:
 
 
 def _asked(run: Path) -> str | None:
-    """What the run's configuration says of `export`, if its checkpoint is there."""
+    """The `export` option of the run, if the checkpoint it names exists."""
     file = run / "config.yaml"
     told = yaml.safe_load(file.read_text()) if file.exists() else None
     which = told.get("export") if isinstance(told, dict) else None
@@ -134,7 +134,7 @@ def _asked(run: Path) -> str | None:
 
 
 def _model(module: Any, state: Mapping[str, Tensor], role: str | None) -> PreTrainedModel:
-    """The transformers model of a role, with the weights of the checkpoint."""
+    """Build the transformers model of a role and load the weights of the checkpoint."""
     kind = type(module).__name__
     if not isinstance(module, AlignModule) or not hasattr(module, "exported"):
         raise ConfigError(f"{kind} has no exported(): lit-align export knows the modules of lit_align")
@@ -164,7 +164,7 @@ def _model(module: Any, state: Mapping[str, Tensor], role: str | None) -> PreTra
 
 
 def _tokenizer(module: Any, data: Any, run: Path | None) -> Any:
-    """The tokenizer that the run has exported, or would export: with new tokens, and with the template of its rows."""
+    """The tokenizer that the run exported or would export: with its new tokens and its chat template."""
     if run is not None and read_seal(run / "model") is not None:
         with contextlib.suppress(ValueError):  # the folder of a model without a tokenizer
             return load_tokenizer(str(run / "model"))
@@ -172,17 +172,17 @@ def _tokenizer(module: Any, data: Any, run: Path | None) -> Any:
         return getattr(data, "tokenizer", None) or getattr(module, "tokenizer", None)
     data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0)
     try:
-        data.setup("fit")  # rows tell whether a template wrote them; they are in the cache
+        data.setup("fit")  # finds out whether a chat template applies to the rows; they are cached
     except (OSError, ValueError):
         return data.tokenizer
     return data.exported_tokenizer
 
 
 def _fill(part: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
-    """Load the weights of a part of a module, all of them that are trained."""
+    """Load the weights of one part of a module; every trained weight must be there."""
     here = part.state_dict()
     mine = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
-    if prefix == "":  # metrics, for one, are no weights of the model
+    if prefix == "":  # drop entries that are not weights of the model, such as metrics
         mine = {name: weight for name, weight in mine.items() if name in here}
     # On a policy's backbone there may be adapters of other roles.
     mine = {name: weight for name, weight in mine.items() if name in here or ".lora_" not in name}
@@ -192,11 +192,11 @@ def _fill(part: nn.Module, state: Mapping[str, Tensor], prefix: str) -> None:
 
 
 def _picked(file: Path, run: Path | None, checkpoint: Mapping[str, Any]) -> Chosen:
-    """Of which step a checkpoint is, and of how many the run has."""
+    """Step of a checkpoint, and the number of steps of its run."""
     step, steps = checkpoint["global_step"], checkpoint["global_step"]
     last = None if run is None else run / "checkpoints" / "last.ckpt"
     if last is not None and last.exists() and last.resolve() != file.resolve():
-        # Mapped, not read: of a large file only the number is wanted.
+        # Memory-map the file: only its step number is needed.
         steps = max(steps, torch.load(last, weights_only=True, mmap=True, map_location="cpu")["global_step"])
     keeps = [told for told in (checkpoint.get("callbacks") or {}).values() if "best_model_score" in told]
     keep = keeps[0] if keeps else {}
@@ -207,7 +207,7 @@ def _picked(file: Path, run: Path | None, checkpoint: Mapping[str, Any]) -> Chos
 
 
 def _scale(module: Any, settings: Path, picked: Chosen) -> str:
-    """What `NormalizeReward`, which works at the end of a run, has not done to this checkpoint."""
+    """Note that `NormalizeReward` has not been applied to this checkpoint: it runs at the end of training."""
     if isinstance(module, RewardModule) and picked.which != "last" and "NormalizeReward" in settings.read_text():
         return "; NormalizeReward sets the scale of rewards at the end of a run: these keep that of validation"
     return ""

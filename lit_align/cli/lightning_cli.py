@@ -1,4 +1,4 @@
-"""`lit-align fit | validate | test | predict | doctor`: LightningCLI, for any module and data."""
+"""`lit-align fit | validate | test | predict | doctor`: LightningCLI for any module and data module."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ from lit_align.utils.stopping import no_silent_exit
 
 
 class AlignCLI(LightningCLI):
-    """LightningCLI with a folder per run.
+    """LightningCLI with one folder per run.
 
-    Everything a run leaves goes to `--out`: config.yaml, metrics.csv, manifest.json, checkpoints/, model/. A folder
-    that holds another run is never written into: the new run gets the next free name.
+    A run writes everything to `--out`: config.yaml, metrics.csv, manifest.json, checkpoints/, model/. If the folder
+    holds another run, the new run takes the next free name.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`--out`, and the checkpoint callback."""
+        """Add `--out`, `--export`, `--resume.allow` and the options of the checkpoint callback."""
         parser.add_argument(
             "--out", type=str, default="runs/run", help="Folder of the run; may name environment variables."
         )
@@ -81,12 +81,12 @@ class AlignCLI(LightningCLI):
             help=f"Changes that a resumed run accepts, [data, model] for two: {', '.join(KINDS)}.",
         )
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
-        # One checkpoint, the latest, under two names. With save_top_k: 0 Lightning saves nothing before the end.
+        # Keep one checkpoint, the latest, under two names. With save_top_k: 0, Lightning saves only at the end.
         newest = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in newest.items()})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; a list that is given twice is the later one alone. Check which code the configuration names."""
+        """Parse; keep the later of two values for a list. Then check the code that the configuration names."""
         if args is None or isinstance(args, list):
             args = replace_lists(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
@@ -96,7 +96,7 @@ class AlignCLI(LightningCLI):
         """No-op: Lightning would merge the `hyper_parameters` of the checkpoint into the configuration."""
 
     def before_instantiate_classes(self) -> None:
-        """Settle where the run writes, and what it always has."""
+        """Choose and claim the folder of the run, and set the paths and defaults that every run has."""
         config = self.config[self.subcommand]
         for key in ("trainer", "checkpoint"):
             if not hasattr(config[key], "as_dict"):
@@ -113,7 +113,7 @@ class AlignCLI(LightningCLI):
         else:
             claim.take(out, wait=True)
             if out.resolve() != Path(config.out).resolve():
-                say(f"goes on in {out}, the folder of the checkpoint")
+                say(f"continues in {out}, the folder of the checkpoint")
         check_writable(out, str(self.subcommand))
         if config.get("ckpt_path") == "best" and self.subcommand == "fit":
             config.ckpt_path = str(Path(config.out) / "checkpoints" / BEST)
@@ -126,7 +126,7 @@ class AlignCLI(LightningCLI):
         config.trainer.default_root_dir = str(out)
 
     def instantiate_classes(self) -> None:
-        """Lightning's; code of the user's does not end the process unnoticed."""
+        """Instantiate as Lightning does; a `sys.exit` in the user's code becomes an error."""
         with no_silent_exit():
             super().instantiate_classes()
 
@@ -135,7 +135,7 @@ class AlignCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        """Start the clock."""
+        """Note the time at which the fit starts."""
         self._began = time.monotonic()
 
     def after_fit(self) -> None:
@@ -147,7 +147,7 @@ class AlignCLI(LightningCLI):
                 say(line)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The Trainer with the run's logger and callbacks."""
+        """Build the Trainer with the loggers and callbacks of every run."""
         config = self.config[self.subcommand]
         out = Path(config.out)
         allow = allowed(config.resume.allow)
@@ -179,26 +179,26 @@ class AlignCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Lightning's; the checkpoint callback is no mistake of who asks for no checkpoints."""
+        """Drop our checkpoint callback if `enable_checkpointing` is false; Lightning would raise."""
         if config["enable_checkpointing"] is False:
             callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
         return super()._instantiate_trainer(config, callbacks)
 
 
 class DoctorCLI(AlignCLI):
-    """Instantiates what `fit` would, writes nothing, and examines it."""
+    """Instantiate what `fit` would, write nothing, and examine it."""
 
     reload: bool | None = None
     unset: tuple[Finding, ...] = ()
 
     def before_instantiate_classes(self) -> None:
-        """No folder; the same end of training as `fit`."""
+        """Claim no folder; set the same end of training as `fit`."""
         if end_of_training(self.config[self.subcommand].trainer):
             says = "neither trainer.max_epochs nor trainer.max_steps is set: fit takes 1 epoch"
             self.unset = (Finding("look", "epochs", f"{says}; set one"),)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """A Trainer without the run's loggers and callbacks."""
+        """Build a Trainer without the loggers and callbacks of a run."""
         self.save_config_callback = None
         return LightningCLI.instantiate_trainer(self, logger=False)
 
@@ -211,26 +211,26 @@ class DoctorCLI(AlignCLI):
 
 
 class _ReloadingCLI(DoctorCLI):
-    """With `--reload`: models of any size are compared with their export."""
+    """`doctor --reload`: compare a model of any size with its export."""
 
     reload = True
 
 
 class PartsCLI(DoctorCLI):
-    """Instantiates module and data of a configuration, and runs nothing."""
+    """Instantiate the module and the data module of a configuration, and run nothing."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         """No-op."""
 
 
 def built(args: list[str]) -> tuple[LightningModule, LightningDataModule | None]:
-    """Module and data module of a configuration, as `fit` would make them.
+    """Build module and data module from a configuration, as `fit` would.
 
     Args:
         args: a command line of `fit`.
 
     Raises:
-        ConfigError: a configuration that cannot be used.
+        ConfigError: the configuration cannot be used.
     """
     with quiet_start(), importable(config_files(args)):
         cli = _lightning(args, PartsCLI)
@@ -243,13 +243,13 @@ def _warn_of_secrets(config: Any) -> None:
 
 
 def end_of_training(trainer: Any) -> bool:
-    """One epoch where a configuration sets no end: Lightning would take 1,000, which overfits any set of rows.
+    """Set one epoch if a configuration sets no end of training: Lightning's 1,000 epochs would overfit any data.
 
     Args:
-        trainer: its `trainer` part; `max_epochs` is set in it.
+        trainer: the `trainer` part of the configuration; `max_epochs` is set in it.
 
     Returns:
-        Whether no end was set.
+        True if the configuration set no end.
     """
     unset = trainer.max_epochs is None and trainer.max_steps in (None, -1) and trainer.max_time is None
     if unset:
@@ -258,30 +258,30 @@ def end_of_training(trainer: Any) -> bool:
 
 
 def _list(value: Any) -> list[Any]:
-    """One, several or none, as a list."""
+    """Convert None, one value or several values to a list."""
     return [] if value is None else list(value) if isinstance(value, Iterable) and type(value) is not str else [value]
 
 
 def _parents(config: Any) -> list[str]:
-    """Folders of models that a configuration names."""
+    """Model folders that a configuration names."""
     return list(_named(config))
 
 
-# The run's own, where an earlier attempt may have left a model.
+# Folders of the run itself, where an earlier attempt may have left a model.
 _OWN_FOLDERS = ("out", "trainer.default_root_dir", "checkpoint.dirpath")
 
 
 def _named(config: Any) -> dict[str, list[str]]:
-    """Folders of models and adapters, each with the keys of the configuration that name it."""
+    """Folders of models and adapters in a configuration, each with the keys that name it."""
     found: dict[str, list[str]] = {}
 
     def visit(value: Any, key: str = "") -> None:
         if isinstance(value, (dict, list)):
             for name, item in value.items() if isinstance(value, dict) else enumerate(value):
                 visit(item, f"{key}.{name}" if key else str(name))
-        # os.path, which says of a chat template that it is no file; pathlib raises that the name is too long.
+        # os.path returns False for a chat template; pathlib raises because the text is too long for a name.
         elif isinstance(value, str) and key not in _OWN_FOLDERS and os.path.isdir(value):
-            with contextlib.suppress(ValueError):  # a folder with several models is not a model's folder here
+            with contextlib.suppress(ValueError):  # ignore a folder with several models
                 value = find_model(value)
             if holds_model(value):
                 found.setdefault(value, []).append(key)
@@ -291,16 +291,16 @@ def _named(config: Any) -> dict[str, list[str]]:
 
 
 def run_lightning(args: list[str]) -> AlignCLI | None:
-    """Run a command of LightningCLI's, or `doctor`, in this process.
+    """Run one of LightningCLI's commands or `doctor`, in this process.
 
     Args:
-        args: the command line without the program's name. `doctor` takes a pipeline's file as well, and `--reload`.
+        args: the command line without the program name. `doctor` also takes a pipeline file and `--reload`.
 
     Returns:
-        The command's object; None of a pipeline's stages.
+        The CLI object; None for the help of a key, and for the stages of a pipeline.
 
     Raises:
-        ConfigError: a configuration that cannot be used.
+        ConfigError: the configuration cannot be used.
     """
     if asked(args):
         with importable(config_files(args)):
@@ -340,16 +340,16 @@ def _lightning(args: list[str], cli: type[AlignCLI]) -> AlignCLI:
     except ArgumentError as error:
         raise ConfigError(explain(str(error))) from error
     except ValueError as error:
-        # Values that parse but that a class refuses come back from instantiation wrapped in the same tree.
+        # If a class refuses a value, jsonargparse wraps the error in the same tree as a parsing error.
         if str(error).startswith("Does not validate"):
             raise ConfigError(explain(str(error))) from error
         raise
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    except RuntimeError as error:  # of torch's, raised wherever the process is when its child dies
+    except RuntimeError as error:  # torch raises this anywhere in the parent when a worker dies
         if not str(error).startswith("DataLoader worker"):
             raise
         raise ChildProcessError(
-            "a process that builds batches was killed, mostly for want of memory: lower data.num_workers (0 needs no "
-            f"process), and go on with --ckpt_path last ({' '.join(str(error).split())})"
+            "a data-loader worker was killed, most often because memory ran out: lower data.num_workers (0 starts no "
+            f"worker), and continue with --ckpt_path last ({' '.join(str(error).split())})"
         ) from error

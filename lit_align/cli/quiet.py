@@ -1,4 +1,4 @@
-"""What surrounds a command of Lightning's: its talk filtered, its run of Weights & Biases ended."""
+"""Context managers around Lightning's commands: filter its messages, and end its Weights & Biases run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_align.utils.display import escape_record
 
 @contextlib.contextmanager
 def own_wandb_run() -> Iterator[None]:
-    """A run of Weights & Biases that begins in a command ends with it: the next in this process is another one."""
+    """Finish a Weights & Biases run that began inside the block, so that the next command starts its own."""
 
     def current() -> Any:
         return getattr(sys.modules.get("wandb"), "run", None)
@@ -32,7 +32,7 @@ def own_wandb_run() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_start() -> Iterator[None]:
-    """Without Lightning's advertisements and its report of hardware that is not there."""
+    """Filter Lightning's advertisements and its reports of missing hardware."""
     lines = re.compile(r"💡|TPU available|HPU available|GPU available: False|Seed set to|`Trainer\.\w+` stopped")
     loggers = [logging.getLogger(name) for name in _TALKATIVE]
 
@@ -53,7 +53,7 @@ def quiet_start() -> Iterator[None]:
             logger.removeFilter(escape_record)
 
 
-# Warnings that say nothing about the user's run, by how they begin.
+# Warnings that do not concern the user's run, by their beginnings.
 _UPSTREAM = (
     r"LightningCLI's args parameter is intended",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",

@@ -1,4 +1,4 @@
-"""The folder of a run: which one is free, and in which one a run goes on."""
+"""Choose the folder of a run: a free one, or the one of the run that is resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_align.utils.owned import check_replaceable, check_unwritten, is_ours
 
 
 def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
-    """The folder of the run that a checkpoint belongs to; None if it lies in none. `last` is that of `out`."""
+    """Folder of the run that a checkpoint belongs to; None if there is none. `last` means the run in `out`."""
     if checkpoint is None or not Path(checkpoint).suffix:
         return None if checkpoint is None else out
     folder = Path(checkpoint).parent.parent
@@ -23,41 +23,41 @@ def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
 
 
 def holds_run(folder: Path) -> bool:
-    """True if a run has left its configuration in a folder."""
+    """True if the folder holds the configuration of a run."""
     return (folder / "config.yaml").exists()
 
 
 def free_folder(
     folder: Path, take: Callable[[Path], bool] = lambda path: True, holds: Callable[[Path], bool] = holds_run
 ) -> Path:
-    """The folder itself if no run lies in it, else the same name with the next free number.
+    """Return the folder if it holds no run, else the same name with the next free number.
 
     Args:
-        folder: which.
-        take: claims a folder; false if another run has it, which is as good as one that lies in it.
-        holds: true for a folder that holds a run.
+        folder: the requested folder.
+        take: claims a folder; returns False if another run holds it.
+        holds: returns True for a folder that holds a run.
 
     Raises:
-        ConfigError: a run lies in it, and it has no name that a number could follow.
+        ConfigError: the folder holds a run, and its name cannot take a number (`.` or `..`).
     """
     for number in itertools.count(1):
         if number == 2 and folder.name in ("", ".."):
             raise ConfigError(f"--out {folder} holds another run or its config.yaml: name a folder for this one")
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        # Looked at once more when it is claimed: the run that had it may have ended between the two.
+        # Check again after the claim: the run that held the folder may have ended in between.
         if not holds(path) and take(path) and not holds(path):
             return path
     raise AssertionError
 
 
 def claimed_folder(folder: Path, reuse: bool = False, say: Callable[[str], None] = print) -> Path:
-    """`free_folder`, claimed until the command ends; in other processes of a distributed run, that of rank 0.
+    """Claim a free folder until the command ends. Other ranks of a distributed run get the folder of rank 0.
 
     Args:
-        folder: which.
-        reuse: use the folder of a run that failed before its first checkpoint; its configuration and metrics are kept
+        folder: the requested folder.
+        reuse: reuse the folder of a run that failed before its first checkpoint; its configuration and metrics are kept
             under other names.
-        say: tells the user about that.
+        say: prints a line about that.
     """
 
     def holds(path: Path) -> bool:
@@ -81,19 +81,19 @@ def claimed_folder(folder: Path, reuse: bool = False, say: Callable[[str], None]
 
 
 def failed_early(folder: Path) -> bool:
-    """True for the folder of a run that ended with neither a checkpoint nor a model: nothing can go on from it."""
+    """True if the run in the folder left neither a checkpoint nor a model, so that nothing can resume it."""
     left = [*(folder / "checkpoints").glob("*"), *(folder / "model").glob("*")]
     return holds_run(folder) and is_ours(folder) and not left
 
 
 def way_back(folder: Path) -> str:
-    """How to go on with the run in a folder, if it has not ended; else nothing."""
+    """Hint how to resume the run in a folder if it has not ended; else empty."""
     if (folder / "model").is_dir() or not (folder / "checkpoints" / "last.ckpt").exists():
         return ""
     return "; the other one has not ended: to resume it instead, add --ckpt_path last"
 
 
-# What a command writes into its folder, beside config.yaml and what its callbacks are told to write.
+# What a command writes into its folder, besides config.yaml and the files of the user's callbacks.
 _WRITTEN = {
     "fit": ("manifest.json", "metrics.csv", "said.jsonl", "checkpoints", "model"),
     "predict": ("manifest.json", "metrics.csv", "completions.jsonl"),
@@ -101,7 +101,7 @@ _WRITTEN = {
 
 
 def check_writable(folder: Path, command: str) -> None:
-    """Refuse a folder in which the command would write over what is not of lit_align.
+    """Refuse a folder if the command would overwrite files there that lit_align did not write.
 
     Raises:
         FileExistsError: names the file, and the way out.
@@ -114,7 +114,7 @@ def check_writable(folder: Path, command: str) -> None:
 
 
 def requeued_folder(folder: Path) -> Path | None:
-    """The folder in which this job of SLURM's began, if SLURM has started it again: this one, or one of its numbers."""
+    """Folder in which this SLURM job began, if SLURM has requeued it: `folder`, or the same name with a number."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or not int(os.environ.get("SLURM_RESTART_COUNT") or 0):
         return None
