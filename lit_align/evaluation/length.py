@@ -6,13 +6,13 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import rankdata
 
 from lit_align.evaluation.intervals import Interval, numbered, statistic_interval
 
 Floats = NDArray[np.float64]
+RIDGE = 1e-3
 
 
 def words(text: str) -> int:
@@ -136,13 +136,17 @@ def length_controlled_win_rate(
         spread = d[i].std()
         x = np.tanh(d[i] / spread) if spread > 0 else np.zeros(len(i))
 
-        def loss(theta: Floats) -> tuple[float, Floats]:
-            z = theta[0] + theta[1] * x
-            error = expit(z) - y[i]
-            value = float(np.mean(np.logaddexp(0, z) - y[i] * z) + 1e-3 * theta @ theta)
-            return value, np.array([error.mean(), (error * x).mean()]) + 2e-3 * theta
-
-        return float(expit(minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B").x[0]))
+        columns = np.stack([np.ones(len(i)), x], 1)
+        theta = np.zeros(2)
+        for _ in range(30):  # Newton's method on the mean loss + RIDGE |theta|^2, which is strictly convex
+            p = expit(columns @ theta)
+            gradient = columns.T @ (p - y[i]) / len(i) + 2 * RIDGE * theta
+            curvature = (columns * (p * (1 - p))[:, None]).T @ columns / len(i) + 2 * RIDGE * np.eye(2)
+            step = np.linalg.solve(curvature, gradient)
+            theta = theta - step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+            if np.abs(step).max() < 1e-9:
+                break
+        return float(expit(theta[0]))
 
     return statistic_interval(of, clusters, resamples=resamples, seed=seed)
 
