@@ -80,7 +80,7 @@ ROWS = [
     Row("DPO over SFT: gold reward", ">= 0.3", "+.2f", gain("dpo", "gold_reward")),
     Row("DPO over SFT: content", ">= 0.1", "+.2f", gain("dpo", "content")),
     Row("DPO: KL from SFT, nats", "< 3", ".2f", value("dpo/kl")),
-    Row("biased annotators, no KL price: proxy over SFT", "> 0", "+.2f", gain("ppo_biased", "reward_biased_score")),
+    Row("biased annotators, no KL penalty: proxy over SFT", "> 0", "+.2f", gain("ppo_biased", "reward_biased_score")),
     Row("- gold over SFT", "<= -0.7", "+.2f", gain("ppo_biased", "gold_reward")),
     Row("- length, times SFT's", ">= 2", ".1f", lambda s: (s["ppo_biased/length"] / s["sft/length"], None), "x"),
     *of_method("RLOO", "rloo"),
@@ -121,7 +121,7 @@ ROWS = [
 
 MEANS = {
     "gold reward": ("gold_reward", "+.2f"),
-    "content, without the price of words": ("content", "+.2f"),
+    "content, without the length penalty": ("content", "+.2f"),
     "KL from SFT, nats": ("kl", ".1f"),
     "words per answer": ("length", ".1f"),
     "harmful requests refused": ("harm_refusal", ".2f"),
