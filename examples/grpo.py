@@ -9,7 +9,7 @@ import sys
 import torch
 from lightning import Trainer, seed_everything
 
-from lit_align import Network, NumericAnswer, PPOModule, PromptDataModule, Sampling, Source
+from lit_align import LengthReward, Network, NumericAnswer, PPOModule, PromptDataModule, Sampling, Source, SumReward
 
 
 def main(model: str, sums: str, out: str) -> None:
@@ -18,7 +18,8 @@ def main(model: str, sums: str, out: str) -> None:
     data = PromptDataModule(model, [Source(sums)], batch_size=4, val_fraction=0.1, max_length=512)
     module = PPOModule(
         Network(model),
-        reward=NumericAnswer(marker="####|=|is"),  # 1 for the number of `reference`, else 0
+        # 1 for the number of `reference`, else 0; and a little for a length near 16 tokens.
+        reward=SumReward([NumericAnswer(marker="####|=|is"), LengthReward(16)], weights=[1.0, 0.1]),
         advantage="grpo",  # compares the completions of one prompt; no value model
         sampling=Sampling(max_new_tokens=32, samples=8, temperature=1.0),
         kl_coef=0.04,

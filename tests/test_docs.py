@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.documentation import blocks, place
+from support.documentation import BEFORE, FILES, Block, blocks, place
 
 import lit_align
 
@@ -62,7 +62,9 @@ def test_every_command_runs_in_order(page: Path, tmp_path: Path) -> None:
     place(tmp_path)
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
-    for block in blocks(page):
+    before = [Block("bash", "", command) for command in BEFORE.get(page.stem, [])]
+    files = [*FILES, *(block for block in blocks(ROOT / "docs" / "your-model.md") if block.title)] if before else []
+    for block in [*files, *before, *blocks(page)]:
         if block.title:
             (tmp_path / block.title).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / block.title).write_text(block.text)

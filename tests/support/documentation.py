@@ -20,10 +20,46 @@ CHATML = (
 )
 
 
+# What a page takes for granted beside that: commands that run before its own. The files of your-model.md are there.
+SHORT = "--trainer.max_epochs=-1 --trainer.max_steps=2"
+BEFORE: dict[str, list[str]] = {
+    "data": ["mkdir -p runs/sft && cp -r models/base runs/sft/model"],
+    "exporting": [
+        f"lit-align fit -c sft.yaml --out runs/mine {SHORT}",
+        "cp -L runs/mine/checkpoints/last.ckpt 'runs/mine/checkpoints/step=400.ckpt'",
+        f"lit-align fit -c sft.yaml --out runs/lora --model.network.lora=4 {SHORT}",
+        "mkdir -p runs/sft && cp -r models/base runs/sft/model",
+        "lit-align fit -c ppo.yaml --out runs/ppo --trainer.max_steps=4 --model.value=models/base"
+        " --model.reward='{class_path: lit_align.LengthReward, init_args: {target: 8}}'",
+    ],
+    "resuming": [
+        f"lit-align fit -c sft.yaml {SHORT}",
+        "sed -i 's/max_epochs: 1/max_steps: 4/' sft.yaml",
+    ],
+    "watching": [
+        "cp sft.yaml my.yaml",
+        f"lit-align fit -c sft.yaml --out runs/a {SHORT}",
+        f"lit-align fit -c sft.yaml --out runs/b --data.batch_size=4 {SHORT}",
+    ],
+}
+
+
 class Block(NamedTuple):
     language: str
     title: str
     text: str
+
+
+# Beside the files of your-model.md, for the pages with commands above.
+FILES = [
+    Block("yaml", "pipeline.yaml", "root: runs\nstages:\n  sft: {fit: sft.yaml}\n"),
+    Block(
+        "yaml",
+        "sweep.yaml",
+        "name: sft\nmethod: grid\nmetric: {name: val/loss, goal: minimize}\n"
+        "parameters: {data.init_args.batch_size: {values: [4]}}\ncommand: [lit-align, fit, -c, sft.yaml, '${args}']\n",
+    ),
+]
 
 
 def blocks(page: Path) -> list[Block]:
