@@ -13,6 +13,7 @@ import yaml
 from support.documentation import BEFORE, FILES, Block, blocks, place
 
 import lit_align
+from lit_align.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -79,3 +80,12 @@ def test_the_api_page_has_every_public_name() -> None:
     entries = re.findall(r"^::: [\w.]*\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     missing = {name for name in lit_align.__all__ if not name.startswith("__")} - set(entries)
     assert not missing, "add `::: lit_align.ROOM.FILE.NAME` to docs/api.md"
+
+
+def test_the_page_of_the_command_line_has_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    listed = re.findall(r"^  ([a-z][\w, ]*?)(?: [A-Z]| {2,})", capsys.readouterr().out, re.MULTILINE)
+    commands = {command for names in listed for command in names.split(", ")}
+    assert {"fit", "doctor", "report"} <= commands
+    page = (ROOT / "docs" / "command-line.md").read_text().partition("## Short forms")[0]
+    assert [command for command in sorted(commands) if not re.search(rf"\b{command}\b", page)] == []
