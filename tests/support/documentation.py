@@ -56,7 +56,7 @@ FILES = [
     Block(
         "yaml",
         "sweep.yaml",
-        "name: sft\nmethod: grid\nmetric: {name: val/loss, goal: minimize}\n"
+        "name: sft\nmethod: grid\nmetric: {name: train/loss, goal: minimize}\n"
         "parameters: {data.init_args.batch_size: {values: [4]}}\ncommand: [lit-align, fit, -c, sft.yaml, '${args}']\n",
     ),
 ]
