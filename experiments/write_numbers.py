@@ -130,20 +130,18 @@ def methods() -> str:
         ),
         ("PPO, PPO-ptx", "ppo", "sandbox/ppo", over("PPO over SFT: gold reward")),
         ("DPO and its family, KTO", "dpo", "sandbox/dpo", over("DPO over SFT: gold reward")),
-        ("RLOO", "grpo", "sandbox/rloo", earlier("RLOO")),
-        ("GRPO", "grpo", "sandbox/grpo", earlier("GRPO")),
-        ("Dr. GRPO", "grpo", "sandbox/dr_grpo", earlier("Dr. GRPO")),
-        ("DAPO", "grpo", "sandbox/dapo", earlier("DAPO")),
-        ("REINFORCE++", "grpo", "sandbox/reinforce_pp", earlier("REINFORCE++")),
-        ("ReMax", "grpo", "sandbox/remax", earlier("ReMax")),
+        ("RLOO", "ppo", "sandbox/rloo", earlier("RLOO")),
+        ("GRPO", "ppo", "sandbox/grpo", earlier("GRPO")),
+        ("Dr. GRPO", "ppo", "sandbox/dr_grpo", earlier("Dr. GRPO")),
+        ("DAPO", "ppo", "sandbox/dapo", earlier("DAPO")),
+        ("REINFORCE++", "ppo", "sandbox/reinforce_pp", earlier("REINFORCE++")),
+        ("ReMax", "ppo", "sandbox/remax", earlier("ReMax")),
         ("RAFT", "sft", "sandbox/estimators", earlier("RAFT")),
         ("iterative DPO", "dpo", "sandbox/estimators", earlier("iterative DPO")),
     ]
 
     def page(module: str) -> str:
-        path = f"lit_align/modules/{module}.py"
-        path = path if (ROOT / path).exists() else "lit_align/modules/ppo.py"
-        return f"[`{Path(path).name}`]({path})"
+        return f"[`{module}.py`](lit_align/modules/{module}.py)"
 
     return (
         table(
