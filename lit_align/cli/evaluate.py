@@ -34,6 +34,11 @@ KINDS = {
         ("model", "pairs"),
         "a reward model on judged answers: accuracy beside longer-wins and shorter-wins, calibration, best-of-n",
     ),
+    "data": Kind(
+        "lit_align.evaluation.evaluate_data.EvaluateData",
+        ("sources",),
+        "instruction and preference sets side by side: length, format, duplicates, overlap, what is preferred",
+    ),
 }
 
 USAGE = """usage: lit-align evaluate KIND FILE.yaml [--KEY VALUE ...]
@@ -44,7 +49,8 @@ USAGE = """usage: lit-align evaluate KIND FILE.yaml [--KEY VALUE ...]
   --out FOLDER    where results go: evaluation.json, report.html, figures; runs/evaluate/KIND-... without it. The same
                   command goes on where an earlier one stopped.
   --KEY VALUE     any key of the file; VALUE is JSON or text, as in --category kind, --resamples 500,
-                  --pairs.columns '{{"chosen": "better"}}'
+                  --pairs.columns '{{"chosen": "better"}}'; a model or data set takes its keys as JSON, too, as in
+                  '{{"path": "a.jsonl", "columns": {{"prompt": "question", "completion": "answer"}}}}'
   --help KIND     the keys of a kind
 """
 
@@ -78,7 +84,7 @@ def evaluate(args: list[str]) -> dict[str, float] | None:
         if not isinstance(options, dict):
             raise ConfigError(f"{file}: expected keys and values, got {type(options).__name__}")
         out = out or options.pop("out", None)
-    elif given:
+    else:
         options = dict(zip(positional_names(kind, given), positional_values(kind, given), strict=True))
     for key, value in flags:
         put(options, key, value)
@@ -126,9 +132,10 @@ MANY = {"sources"}
 def positional_values(kind: str, given: list[str]) -> list[Any]:
     """A value for each of the positionals."""
     names = KINDS[kind].positionals
+    values = [value_of(word) if word.startswith("{") else word for word in given]
     if names[-1] in MANY:
-        return [*given[: len(names) - 1], given[len(names) - 1 :]]
-    return list(given)
+        return [*values[: len(names) - 1], values[len(names) - 1 :]]
+    return values
 
 
 def value_of(text: str) -> Any:

@@ -80,12 +80,14 @@ class Result:
         for note in self.notes:
             console.print(Text(printable(f"note: {note}"), style="yellow"), soft_wrap=True)
         for told in self.tables:
-            table = Table(title=Text(printable(told["title"])), title_justify="left")
-            for number, head in enumerate(told["heads"]):
-                table.add_column(Text(printable(head)), overflow="fold", justify="right" if number else "left")
-            for row in told["rows"]:
-                table.add_row(*(Text(printable(cell)) for cell in row))
-            console.print(table)
+            for columns in _fitting(told, console.width):
+                table = Table(title=Text(printable(told["title"])), title_justify="left")
+                for column in columns:
+                    justify: Any = "right" if column else "left"
+                    table.add_column(Text(printable(told["heads"][column])), overflow="fold", justify=justify)
+                for row in told["rows"]:
+                    table.add_row(*(Text(printable(row[column])) for column in columns))
+                console.print(table)
 
 
 def check_free(out: Path) -> None:
@@ -147,6 +149,18 @@ def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> di
     """A table of texts, numbers and intervals."""
     cells = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
     return {"title": title, "heads": list(heads), "rows": cells}
+
+
+def _fitting(told: dict[str, Any], width: int) -> list[list[int]]:
+    """Columns of a table in parts that a terminal is wide enough for, each behind the first column."""
+    rows = [told["heads"], *told["rows"]]
+    widths = [max(len(row[column]) for row in rows) + 3 for column in range(len(told["heads"]))]
+    parts: list[list[int]] = [[0]]
+    for column in range(1, len(widths)):
+        if len(parts[-1]) > 1 and sum(widths[c] for c in [*parts[-1], column]) >= width:
+            parts.append([0])
+        parts[-1].append(column)
+    return parts
 
 
 def _standing(svg: str) -> str:
