@@ -40,7 +40,7 @@ def test_the_highest_are_allowed_and_complete() -> None:
 
 def test_extras_that_tests_run_with_are_pinned() -> None:
     highest = pinned("constraints.txt")
-    for extra in ("deepspeed", "liger"):
+    for extra in ("deepspeed", "liger", "annotate"):
         for requirement in map(Requirement, PROJECT["optional-dependencies"][extra]):
             assert requirement.specifier.contains(highest[canonicalize_name(requirement.name)]), requirement
 

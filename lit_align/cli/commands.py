@@ -8,10 +8,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lit_align
 from lit_align.cli.evaluate import evaluate
+from lit_align.cli.feedback_commands import agreement, annotate
+from lit_align.cli.one_line_parser import OneLineParser
 from lit_align.config.errors import ConfigError, explain
 from lit_align.config.named_files import check_files
 from lit_align.config.own_modules import importable
@@ -28,21 +30,9 @@ def experiments() -> Path:
     return source if (source / "sandbox" / "pipeline.yaml").exists() else package / "experiments"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Argument parser that reports errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
 def pipeline(args: list[str]) -> dict[str, float]:
     """Run the stages of a file in order; go on where an earlier run stopped."""
-    parser = _Parser(prog="lit-align pipeline", description=pipeline.__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="lit-align pipeline", description=pipeline.__doc__, allow_abbrev=False)
     parser.add_argument("file", help="pipeline YAML")
     _pipeline_options(parser)
     told = parser.parse_args(args)
@@ -51,7 +41,7 @@ def pipeline(args: list[str]) -> dict[str, float]:
 
 def demo(args: list[str]) -> dict[str, float]:
     """The embedded world, end to end: pretrain, SFT, reward model, PPO and DPO, evaluation, report; no network."""
-    parser = _Parser(prog="lit-align demo", description=demo.__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="lit-align demo", description=demo.__doc__, allow_abbrev=False)
     _pipeline_options(parser)
     told = parser.parse_args(args)
     told.out = told.out or "runs/demo"
@@ -60,7 +50,7 @@ def demo(args: list[str]) -> dict[str, float]:
 
 def sweep(args: list[str]) -> dict[str, Any]:
     """Run the points of a W&B sweep file here, one after another; go on where an earlier run stopped."""
-    parser = _Parser(prog="lit-align sweep", description=sweep.__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="lit-align sweep", description=sweep.__doc__, allow_abbrev=False)
     parser.add_argument("file", help="sweep YAML: method grid or random")
     parser.add_argument("--out", help="output folder; runs/sweeps/NAME without it")
     parser.add_argument("--count", type=int, help="points to run; the file's run_cap without it")
@@ -78,7 +68,7 @@ def sweep(args: list[str]) -> dict[str, Any]:
 
 def chat(args: list[str]) -> None:
     """Talk to a model in the terminal."""
-    parser = _Parser(prog="lit-align chat", description=chat.__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="lit-align chat", description=chat.__doc__, allow_abbrev=False)
     parser.add_argument("model", help="folder of a model, a run or a pipeline, or name on the hub")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of an answer")
@@ -96,7 +86,7 @@ def chat(args: list[str]) -> None:
 
 def export(args: list[str]) -> str:
     """Write the model of a checkpoint, or of a run's folder, as a folder that plain transformers loads."""
-    parser = _Parser(prog="lit-align export", description=export.__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="lit-align export", description=export.__doc__, allow_abbrev=False)
     parser.add_argument("source", type=Path, help="folder of a run, or a .ckpt file of one")
     parser.add_argument("out", type=Path, help="folder to write; an earlier export there is replaced, nothing else is")
     parser.add_argument(
@@ -133,7 +123,7 @@ def _asked(prompt: str) -> str:
 
 def report(args: list[str]) -> Path:
     """Write report.html for the folder of a run, a pipeline or a sweep; of several, one page that compares them."""
-    parser = _Parser(prog="lit-align report", description=report.__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="lit-align report", description=report.__doc__, allow_abbrev=False)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a run, a pipeline or a sweep")
     parser.add_argument(
         "--out", type=Path, help="page to write; without it report.html in RUN, or comparison.html here for several"
@@ -249,4 +239,6 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "report": report,
     "export": export,
     "evaluate": evaluate,
+    "annotate": annotate,
+    "agreement": agreement,
 }

@@ -13,7 +13,10 @@ from lit_align.cli.entry import main
 
 QUICK = [
     *([], ["--help"], ["--version"], ["fti"], ["fit", "-c", "no.yaml"], ["doctor", "no.yaml"], ["sweep"]),
-    *([command, "--help"] for command in ("demo", "pipeline", "sweep", "chat", "report", "evaluate")),
+    *(
+        [command, "--help"]
+        for command in ("demo", "pipeline", "sweep", "chat", "report", "evaluate", "annotate", "agreement")
+    ),
 ]
 
 

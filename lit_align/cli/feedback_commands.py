@@ -1,0 +1,118 @@
+"""The commands that get labels and look at them: annotate, agreement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lit_align.cli.one_line_parser import OneLineParser
+from lit_align.config.errors import ConfigError
+from lit_align.utils.display import say
+
+
+def agreement(args: list[str]) -> dict[str, Any]:
+    """Whether labels can be trusted: agreement, biases and reliability of annotators, with intervals, and a page."""
+    parser = OneLineParser(prog="lit-align agreement", description=agreement.__doc__, allow_abbrev=False)
+    parser.add_argument("labels", nargs="+", metavar="LABELS", help="files of labels: .jsonl, .parquet, ...")
+    parser.add_argument("--out", type=Path, help="page to write; without it NAME.agreement.html beside the first file")
+    parser.add_argument("--figures", type=Path, metavar="FILE", help="write all figures as JSON, too")
+    parser.add_argument("--soft", type=Path, metavar="FILE", help="write soft labels, a row for each task, to train on")
+    parser.add_argument(
+        "--method",
+        choices=("dawid-skene", "weighted", "majority"),
+        default="dawid-skene",
+        help="of soft labels: posterior of Dawid and Skene's model, vote by the annotators' accuracies, or share",
+    )
+    parser.add_argument("--resamples", type=int, default=1000, help="of tasks, for the intervals; default 1000")
+    told = parser.parse_args(args)
+    if told.resamples < 1:
+        raise ConfigError(f"--resamples must be at least 1, got {told.resamples}")
+    from lit_align.feedback.agreement import agreement as measure  # numpy, and matplotlib for the page
+    from lit_align.feedback.agreement import plain
+    from lit_align.feedback.consensus import soft_rows
+    from lit_align.feedback.labels import read_labels, write_rows
+    from lit_align.feedback.page import NAMES, write_agreement
+    from lit_align.feedback.units import one_per_annotator
+
+    labels = read_labels(*told.labels)
+    figures = measure(labels, told.resamples)
+    first = Path(told.labels[0])
+    page = write_agreement(figures, told.out or first.with_name(f"{first.stem}.agreement.html"), first.name)
+    for name, value in figures["overall"].items():
+        say(f"{NAMES[name]}: {value}")
+    for name, of in figures["annotators"].items():
+        say(
+            f"{name}: {of['labels']:,} labels, agreement with others {of['agreement_with_others']}, "
+            f"weight {of['weight']:.2f}"
+        )
+    if told.figures:
+        told.figures.write_text(json.dumps(plain(figures), indent=1) + "\n")
+    if told.soft:
+        count = write_rows(told.soft, soft_rows(one_per_annotator(labels)[0], told.method))
+        say(f"{count:,} soft labels ({told.method}) in {told.soft}")
+    say(f"page in {page}")
+    return figures
+
+
+def annotate(args: list[str]) -> None:
+    """Serve a page where people compare completions; or export the labels that it has collected."""
+    parser = OneLineParser(prog="lit-align annotate", description=annotate.__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="prompts with completions, as lit-align predict writes them"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the annotation; without it FILE.annotation")
+    parser.add_argument("--annotators", default="1", help="names, separated by commas, or a number; default 1")
+    parser.add_argument("--per-task", type=int, help="annotators that label each task; default 2, or 1 of one")
+    parser.add_argument("--guideline", help="Markdown file; its header may ask for criteria")
+    parser.add_argument("--controls", help="pairs or rankings whose answer is known: hidden among the tasks")
+    parser.add_argument("--control-every", type=int, default=10, help="one task in so many is a control; default 10")
+    parser.add_argument("--pass-mark", type=float, default=0.7, help="least share of controls right; default 0.7")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of completions and of controls")
+    parser.add_argument("--database", metavar="URL", help="of SQLAlchemy, for a team; without it SQLite in the folder")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1, this machine alone"
+    )
+    parser.add_argument("--port", type=int, default=8899, help="0 for a free one; default 8899")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="another name of the page")
+    parser.add_argument("--rate", type=float, default=10.0, help="requests a second of one annotator; default 10")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write labels to .jsonl or .parquet, and stop")
+    parser.add_argument("--pairs", action="store_true", help="export prompt, chosen and rejected, as TRL loads them")
+    parser.add_argument("--screened", action="store_true", help="export labels of annotators below the pass mark, too")
+    told = parser.parse_args(args)
+    if not told.files and told.out is None:
+        raise ConfigError(
+            "name a FILE of completions, or the --out folder of an annotation (see lit-align annotate --help)"
+        )
+    if told.rate <= 0:
+        raise ConfigError(f"--rate must be above 0, got {told.rate}")
+    out = told.out or Path(told.files[0]).with_name(f"{Path(told.files[0]).stem}.annotation")
+    try:
+        from lit_align.feedback.annotate import serve
+        from lit_align.feedback.annotate.desk import Rules
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"lit-align annotate needs {error.name}: pip install 'lit_align[annotate]'") from error
+    names = _names(told.annotators)
+    per_task = min(2, len(names)) if told.per_task is None else told.per_task
+    rules = Rules(names, per_task, told.control_every, told.pass_mark, told.seed)
+    place = serve.Place(told.files, out, told.database, told.host, told.port, told.allow_host)
+    if told.export:
+        desk = serve.open_desk(place, rules, told.guideline, told.controls)
+        done = serve.export(desk, told.export, told.pairs, told.screened)
+        left = f"; left out, below the pass mark: {', '.join(done['left_out'])}" if done["left_out"] else ""
+        say(f"{done['rows']:,} rows in {told.export}{left}")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with serve.alone(out):
+        serve.serve(place, serve.open_desk(place, rules, told.guideline, told.controls), told.rate)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names of annotators."""
+    if text.isdecimal():
+        return tuple(f"annotator-{n}" for n in range(1, int(text) + 1))
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if not name or len(name) > 100 or not name.isprintable():
+            raise ConfigError(f"--annotators: {name!r:.60} is no name of 1 to 100 printable characters")
+    return names
