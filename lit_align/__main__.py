@@ -3,6 +3,11 @@
 import os
 import sys
 
+if os.environ.get("LIT_ALIGN_OWN_MODULES"):  # a worker process, which imports the main module again
+    from lit_align.config.own_modules import inherit
+
+    inherit()
+
 
 def entry() -> int:
     """Run the command line; what the user can mend ends in one line, and so does what a signal stopped."""

@@ -34,7 +34,7 @@ BELOW = {
     "config": {"utils", "data", "models", "rewards", "callbacks"},
     "pipeline": {"utils", "data", "models", "callbacks", "config"},
     "cli": LEARNING | {"callbacks", "doctor", "evaluation", "feedback", "report", "config", "pipeline"},
-    "__main__": {"utils", "cli"},
+    "__main__": {"utils", "config", "cli"},
     "__init__": LEARNING,
 }
 # Files of one name in two rooms: the methods, whose name repeats in every layer, and their base.

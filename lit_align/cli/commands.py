@@ -175,7 +175,7 @@ def _run(told: argparse.Namespace, file: str | Path) -> dict[str, float]:
 
     allow = _allowed(told.allow)
     run = Pipeline(file, told.out, told.seed, told.quick, overrides)
-    with importable([run.file, *(stage.file for stage in run.stages)]):
+    with importable([run.file, *(stage.file for stage in run.stages)], map(str, overrides.values())):
         summary = run.run(_command, _step, allow=allow)
     path = _report(run.out)
     say(f"{summary['seconds']:.0f} s in all; figures in {run.out / 'summary.json'}, page in {path}")

@@ -232,7 +232,7 @@ def built(args: list[str]) -> tuple[LightningModule, LightningDataModule | None]
     Raises:
         ConfigError: the configuration cannot be used.
     """
-    with quiet_start(), importable(config_files(args)):
+    with quiet_start(), importable(config_files(args), args):
         cli = _lightning(args, PartsCLI)
     return cli.model, cli.datamodule
 
@@ -303,7 +303,7 @@ def run_lightning(args: list[str]) -> AlignCLI | None:
         ConfigError: the configuration cannot be used.
     """
     if asked(args):
-        with importable(config_files(args)):
+        with importable(config_files(args), args):
             say(key_help(args))
         return None
     cli: type[AlignCLI] = AlignCLI
@@ -314,7 +314,7 @@ def run_lightning(args: list[str]) -> AlignCLI | None:
         cli = _ReloadingCLI if "--reload" in args else DoctorCLI
         args = [word for word in args if word != "--reload"]
         args = ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
-    with claim.released(), quiet_start(), own_wandb_run(), importable(config_files(args)):
+    with claim.released(), quiet_start(), own_wandb_run(), importable(config_files(args), args):
         return _lightning(args, cli)
 
 

@@ -3,13 +3,18 @@
 A class path is built with arguments that the same file gives, so a function under `class_path` would be called with
 them: `{class_path: os.system, init_args: {command: ...}}`. jsonargparse checks that a class is of the kind that its
 slot asks for; it lets functions pass, and builds any class where a parameter has no type. Both are refused here, before
-anything is called. See docs/security.md.
+anything is called.
+
+A slot for a function takes the user's own. Among those of Python and of installed libraries are many that evaluate text
+(`sympy.sympify`, `pandas.eval`), read pickles or start programs, more than a list of names can hold. See
+docs/security.md.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, get_type_hints
 
@@ -17,7 +22,10 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_loader, set_parsing_settings
 
 from lit_align.config.errors import ConfigError
-from lit_align.utils import limits
+from lit_align.utils import limits, versions
+
+# Modules of libraries that hold arithmetic alone.
+_ARITHMETIC = ("math", "torch.nn.functional", "torch.nn.init")
 
 
 def restrict() -> None:
@@ -48,8 +56,11 @@ def check(config: Any, key: str = "") -> None:
         key: where it stands, for messages.
 
     Raises:
-        ConfigError: a class path that names no class, or a class for a parameter without a type; names the key.
+        ConfigError: a class path that names no class, a class for a parameter without a type, or a function of a
+            library; names the key.
     """
+    if inspect.isroutine(config):
+        _check_function(config, key)
     for inner, value in _items(config):
         check(value, f"{key}.{inner}" if key else str(inner))
     if not _is_spec(config):
@@ -67,6 +78,17 @@ def check(config: Any, key: str = "") -> None:
                 f"{key}.{name}: {cls.__name__} gives {name!r} no type, so that any class could be built for it: "
                 f"annotate the parameter with the class that it takes"
             )
+
+
+def _check_function(function: Any, key: str) -> None:
+    module, name = getattr(function, "__module__", None) or "", getattr(function, "__name__", repr(function))
+    root = module.partition(".")[0]
+    own = root == "lit_align" or (root and root not in sys.stdlib_module_names and not versions.is_dependency(root))
+    if not own and not any(getattr(sys.modules.get(place), name, None) is function for place in _ARITHMETIC):
+        raise ConfigError(
+            f"{key}: a configuration may not name {module}.{name}, a function of Python's or of a library: some of "
+            "them run text of the data as code. Name a function of your own, which may call it (docs/security.md)"
+        )
 
 
 def _is_spec(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from importlib import metadata
@@ -40,6 +41,21 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_dependency(module: str) -> bool:
+    """True if a top-level module belongs to a package that lit_align needs, directly or not, or was tested with."""
+    needed = {*tested(), *requirements()}
+    ahead = list(needed)
+    while ahead:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            for line in metadata.requires(ahead.pop()) or []:
+                name, extra = canonicalize_name(Requirement(line).name), "extra" in line
+                if not extra and name not in needed:
+                    needed.add(name)
+                    ahead.append(name)
+    owners = {canonicalize_name(owner) for owner in metadata.packages_distributions().get(module, [])}
+    return bool(owners & needed)
 
 
 def outside() -> list[str]:

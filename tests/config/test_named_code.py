@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from support.configs import config
 from support.parsers import only
 from support.runs import write_rows
@@ -16,6 +17,7 @@ from support.tiny import tiny_folder
 
 from lit_align.cli.commands import _step
 from lit_align.cli.entry import main
+from lit_align.config import named_code
 from lit_align.config.errors import ConfigError
 from lit_align.functional.sft import SFT_LOSSES
 
@@ -108,6 +110,35 @@ def test_a_function_alone_is_no_optimizer(
     content = config("sft", *parts, tmp_path / "run", max_steps=1)
     with pytest.raises(ConfigError, match="optimizer"):
         fit(filled(content, "model.optimizer", target), tmp_path)
+
+
+@pytest.mark.parametrize("slot", ["model.reward.function", "trainer.callbacks.on_fit_start"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        "sympy.sympify",
+        "pandas.eval",
+        "torch.hub.load",
+        "torch.load",
+        "numpy.load",
+        "typing.get_type_hints",
+        "zipapp.main",
+    ],
+)
+def test_a_function_of_a_library_is_not_called(
+    target: str, slot: str, parts: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `function: sympy.sympify`, prompts of the data would be run as code."""
+    only("fit", monkeypatch)
+    content = config("ppo", *parts, tmp_path / "run", max_steps=4)
+    with pytest.raises(ConfigError, match="may not name"):
+        fit(filled(content, slot, target), tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("target", ["torch.nn.functional.gelu", "math.sqrt", "support.evil.touch"])
+def test_arithmetic_and_functions_of_the_user_can_be_named(target: str) -> None:
+    named_code.check(Namespace(function=named_code._object(target)))
 
 
 @pytest.mark.parametrize("key", ["inner", "others"])

@@ -16,6 +16,7 @@ from support.runs import write_rows
 from support.tiny import tiny_folder
 
 from lit_align.cli.entry import main
+from lit_align.config.own_modules import importable
 
 REWARD = """
 from lit_align.rewards import TextReward
@@ -152,3 +153,64 @@ def test_in_a_sweep(parts: tuple[str, Path], tmp_path: Path) -> None:
 def test_a_file_of_the_user_does_not_hide_an_installed_module(parts: tuple[str, Path], tmp_path: Path) -> None:
     content = config("sft", *parts, tmp_path / "run", max_steps=1, enable_progress_bar=False)
     main(["fit", "-c", str(written(tmp_path / "mine", content, fractions="raise RuntimeError('hidden')"))])
+
+
+def test_a_module_that_nobody_names_is_not_run(parts: tuple[str, Path], tmp_path: Path) -> None:
+    """Libraries try to import what may be installed; a file of that name beside a configuration is not it."""
+    content = ppo(parts, tmp_path / "run", "own_named.reward")
+    mark = tmp_path / "ran"
+    evil = f"open({str(mark)!r}, 'a').write(__name__ + ' ')\nraise ImportError"
+    absent = dict.fromkeys(("torch_xla", "s3fs", "gcsfs", "not_installed_anywhere"), evil)
+    tried = "import importlib.util\nassert importlib.util.find_spec('torch_xla') is None\n"
+    helped = "import own_helper\n" + REWARD.replace("{value}", "own_helper.VALUE")
+    file = written(tmp_path / "mine", content, own_named=helped, own_helper="VALUE = 8.0", **absent)
+    code = f"import sys; from lit_align.__main__ import entry; code = entry()\n{tried}sys.exit(code)"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", code, "fit", "-c", str(file)]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    assert scores(tmp_path / "run") == 8.0
+    assert not mark.exists(), mark.read_text()
+
+
+def test_libraries_find_none_of_the_users_modules(tmp_path: Path) -> None:
+    file = written(tmp_path, {"reward": "own_first.reward"}, own_first="import own_second", own_second="", own_third="")
+    library = compile("import importlib\nimportlib.import_module(name)", "/usr/lib/some/library.py", "exec")
+    with importable([file]):
+        for name in ("own_second", "own_third"):
+            with pytest.raises(ModuleNotFoundError):
+                exec(library, {"name": name})
+        exec(library, {"name": "own_first"})
+        assert "own_second" in sys.modules
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_are_started_anew(method: str, tmp_path: Path) -> None:
+    """As a data loader's workers may be: they find the modules, and no file of the user's hides another."""
+    file = written(
+        tmp_path, {"rows": "own_spawned.Thing"}, own_spawned="class Thing: pass", random="raise SystemExit(3)"
+    )
+    (tmp_path / "main.py").write_text(
+        f"""
+import multiprocessing, sys
+from pathlib import Path
+import lit_align.__main__
+from lit_align.config.own_modules import importable
+
+if __name__ == "__main__":
+    with importable([Path({str(file)!r})]):
+        import own_spawned
+        with multiprocessing.get_context({method!r}).Pool(1) as pool:
+            print(pool.apply(repr, [own_spawned.Thing()]))
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONSAFEPATH": "1"}
+    ended = subprocess.run(
+        [sys.executable, str(tmp_path / "main.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd="/",
+    )
+    assert "own_spawned.Thing" in ended.stdout, ended.stderr
