@@ -268,6 +268,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Lightning's; never what is no checkpoint of this folder: a checkpoint file says which others to remove."""
         place = Path(previous)
         inside = str(previous).startswith(f"{self.dirpath}/") and ".." not in place.parts
+        if inside and place.parent.exists():  # and through no link that leads elsewhere
+            inside = place.parent.resolve().is_relative_to(Path(str(self.dirpath)).resolve())
         own = inside and place.suffix == self.FILE_EXTENSION
         return own and super()._should_remove_checkpoint(trainer, previous, current)
 

@@ -40,7 +40,14 @@ from lit_align.callbacks.wandb_run import go_on
 from lit_align.cli.doctor_stages import examine_stages, is_pipeline
 from lit_align.cli.ending import ending
 from lit_align.cli.quiet import own_wandb_run, quiet_start
-from lit_align.cli.run_folder import check_writable, claimed_folder, requeued_folder, resumed_folder, way_back
+from lit_align.cli.run_folder import (
+    check_elsewhere,
+    check_writable,
+    claimed_folder,
+    requeued_folder,
+    resumed_folder,
+    way_back,
+)
 from lit_align.config import named_code
 from lit_align.config.errors import ConfigError, explain
 from lit_align.config.key_help import asked, key_help
@@ -176,7 +183,10 @@ class AlignCLI(LightningCLI):
             say(line)
         if told.logger is not False:
             kwargs["logger"] = [*_list(None if told.logger is True else told.logger), MetricsCSV(out)]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        before = out / "config.yaml"
+        check_elsewhere(trainer, out, before.read_text() if config.get("ckpt_path") and before.exists() else "")
+        return trainer
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Drop our checkpoint callback if `enable_checkpointing` is false; Lightning would raise."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from lightning import Trainer
+from lightning.pytorch.profilers import Profiler
+
+from lit_align.callbacks import HFExport
 from lit_align.config.errors import ConfigError
 from lit_align.utils import claim
-from lit_align.utils.owned import check_replaceable, check_unwritten, is_ours
+from lit_align.utils.owned import check_replaceable, check_unwritten, holds_something, is_ours
 
 
 def resumed_folder(checkpoint: str | None, out: Path) -> Path | None:
@@ -111,6 +117,45 @@ def check_writable(folder: Path, command: str) -> None:
     check_unwritten(folder, _WRITTEN.get(command, ("metrics.csv",)))
     if command == "fit":
         check_replaceable(folder / "model")
+
+
+def check_elsewhere(trainer: Trainer, run: Path, before: str = "") -> None:
+    """Refuse callbacks, loggers and profilers that would write over files outside of the run's folder.
+
+    Args:
+        trainer: whose they are.
+        run: the run's folder, in which they may write.
+        before: what a run that goes on was configured with: it has written to the places that stand there.
+
+    Raises:
+        FileExistsError: names the place, and the way out.
+    """
+    if claim.other_rank():
+        return
+    things = (*trainer.callbacks, *trainer.loggers, trainer.profiler)  # type: ignore[attr-defined]
+    for thing in things:
+        for place, given in _places(thing):
+            path = Path(place).expanduser()
+            if path.resolve().is_relative_to(run.resolve()) or not holds_something(path):
+                continue
+            if not any(str(name) in before for name in (given, os.path.relpath(given))):
+                raise FileExistsError(
+                    f"{type(thing).__name__} would write to {path}, outside of the run's folder, where something lies "
+                    f"already: give a place inside {run}, or a new one"
+                )
+
+
+def _places(thing: Any) -> Iterator[tuple[str | Path, str | Path]]:
+    """Folders and files that a callback, a logger or a profiler writes, each with the folder that it was given."""
+    folder = getattr(thing, "dirpath", None)
+    if isinstance(thing, Profiler):  # its folder is for files of others too
+        if folder is not None and thing.filename is not None:
+            yield from ((path, folder) for path in Path(folder).glob(f"*{glob.escape(thing.filename)}*"))
+    elif not isinstance(thing, HFExport):  # which looks for itself
+        found = (folder, getattr(thing, "log_dir", None), getattr(thing, "folder", None), getattr(thing, "path", None))
+        for place in found:
+            if isinstance(place, (str, Path)):
+                yield place, getattr(thing, "save_dir", None) or place
 
 
 def requeued_folder(folder: Path) -> Path | None:

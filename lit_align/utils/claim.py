@@ -24,12 +24,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_align.utils import limits
+
 LOCK = ".lit-align.lock"
 _FOLDERS = "LIT_ALIGN_CLAIMED"  # JSON for processes that rank 0 starts: requested folder -> claimed folder
 
 BEAT = 15.0  # seconds between two touches
 SILENCE = 75.0  # seconds without a touch until an owner elsewhere counts as dead; NFS caches for up to 60 s
 FOLLOW = 120.0  # seconds that other ranks wait for rank 0
+_LARGEST = 1 << 16  # bytes of a lock file
 
 
 class InUseError(ValueError):
@@ -232,8 +235,8 @@ def _alive(owner: dict[str, Any]) -> bool | None:
 
 def _owner(lock: Path) -> dict[str, Any]:
     try:
-        content = json.loads(lock.read_text())
-    except (OSError, ValueError):
+        content = json.loads(limits.read_text(lock, largest=_LARGEST))
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -271,9 +274,13 @@ def _clear(folder: Path, wait: bool, say: Callable[[str], None]) -> None:
     """
     lock = folder / LOCK
     try:
-        text = lock.read_text()
+        text = limits.read_text(lock, largest=_LARGEST)
     except FileNotFoundError:
         return  # released in the meantime
+    except ValueError as error:  # a pipe, a device, a folder, bytes that no run wrote
+        raise InUseError(
+            f"{folder} has a {LOCK} that no run wrote ({error}): remove it, or choose another --out"
+        ) from error
     owner = _owner(lock)
     alive = _alive(owner)
     who = f"process {owner.get('pid', '?')} on {owner.get('host', 'an unknown host')}, since {owner.get('since', '?')}"

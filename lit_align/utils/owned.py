@@ -7,11 +7,12 @@ The folder of a run holds a `manifest.json` that names lit_align, a stage a `sta
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from lit_align.utils import limits
 
 # Files that desktops and editors leave in any folder.
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}
@@ -32,7 +33,7 @@ def is_ours(folder: Path) -> bool:
 
 def foreign(folder: Path, names: Iterable[str]) -> list[Path]:
     """Existing files among `names` if the folder is not ours; empty folders do not count."""
-    there = [folder / name for name in names if _holds_something(folder / name)]
+    there = [folder / name for name in names if holds_something(folder / name)]
     return [] if not there or is_ours(folder) else there
 
 
@@ -103,7 +104,7 @@ def check_output(folder: Path, names: Iterable[str], parts: Iterable[str]) -> No
     check_unwritten(folder, names)
     check_report(folder / "report.html")
     for name in parts:
-        if _holds_something(folder / name) and not is_ours(folder / name):
+        if holds_something(folder / name) and not is_ours(folder / name):
             raise FileExistsError(
                 f"{folder / name} was not made by lit-align, and the run would write into it: choose another --out, or "
                 "move it away"
@@ -118,13 +119,16 @@ def check_report(file: Path) -> None:
     """
     if not file.exists():
         return
-    with file.open("rb") as stream:
-        head = stream.read(65536)
+    head = b""
+    if limits.kind(file) is None:
+        with file.open("rb") as stream:
+            head = stream.read(65536)
     if b"lit_align" not in head:
         raise FileExistsError(f"{file} is not a report of lit-align and would be replaced by one: move it away")
 
 
-def _holds_something(path: Path) -> bool:
+def holds_something(path: Path) -> bool:
+    """True for a file, a link, and a folder with anything in it but a desktop's litter."""
     if path.is_dir():
         return any(entry.name not in _LITTER for entry in path.iterdir())
     return path.exists() or path.is_symlink()
@@ -132,16 +136,15 @@ def _holds_something(path: Path) -> bool:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        return limits.read_json(file)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _card_is_ours(card: Path) -> bool:
     """True if a model card carries the tag that exports write."""
     try:
-        _, mark, rest = card.read_text().partition("---\n")
+        _, mark, rest = limits.read_text(card).partition("---\n")
     except (OSError, ValueError):
         return False
     return bool(mark) and re.search(r"^- lit_align$", rest.partition("\n---\n")[0], re.MULTILINE) is not None

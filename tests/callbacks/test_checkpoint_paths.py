@@ -30,10 +30,11 @@ def test_a_checkpoint_removes_nothing_elsewhere(kind: str, tmp_path: Path, monke
         else:
             (tmp_path / name).touch()
     (folder / "notes.txt").touch()
+    (folder / "elsewhere").symlink_to(tmp_path)
     last = folder / "last.ckpt"
     held = torch.load(last, weights_only=True)
     up = f"{folder}/../../victim{'.ckpt' if kind == 'file' else ''}"
-    for evil in (up, str(tmp_path / "victim.ckpt"), f"{folder}/notes.txt"):
+    for evil in (up, str(tmp_path / "victim.ckpt"), f"{folder}/notes.txt", f"{folder}/elsewhere/victim.ckpt"):
         for state in held["callbacks"].values():
             if "best_model_path" in state:
                 state |= {"before": evil, "best_model_path": evil, "kth_best_model_path": evil}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -23,7 +24,8 @@ from lit_align.models.export import export
 from lit_align.pipeline.stages import Pipeline
 from lit_align.pipeline.sweep import Sweep
 from lit_align.report import write_report
-from lit_align.utils.owned import check_replaceable, not_exported
+from lit_align.utils import claim
+from lit_align.utils.owned import check_replaceable, check_report, is_ours, not_exported
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,6 +109,67 @@ def test_predict_and_validate_too(
     with pytest.raises(FileExistsError, match=f"{name} was not written by lit-align"):
         main([command, "-c", written(place, tmp_path, out)])
     assert contents(out) == {name: "mine"}
+
+
+LIGHTNING = "lightning.pytorch"
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "arguments", "file"),
+    [
+        ("logger", "loggers.CSVLogger", {"save_dir": "PARENT", "name": "mine", "version": ""}, "metrics.csv"),
+        ("callbacks", "callbacks.ModelCheckpoint", {"dirpath": "FOLDER", "filename": "x"}, "x.ckpt"),
+        ("callbacks", "callbacks.OnExceptionCheckpoint", {"dirpath": "FOLDER", "filename": "x"}, "x.ckpt"),
+        ("callbacks", "lit_align.callbacks.PredictionsFile", {"path": "FOLDER/notes.txt"}, "notes.txt"),
+        ("profiler", "profilers.SimpleProfiler", {"dirpath": "FOLDER", "filename": "p"}, "fit-p.txt"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+@pytest.mark.filterwarnings("ignore:.*was called without a model")
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint")
+def test_nor_does_what_the_trainer_is_given_write_over_a_file(
+    place: Path, tmp_path: Path, key: str, name: str, arguments: dict, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Callbacks, loggers and profilers have folders of their own, which may lie anywhere."""
+    only("fit", monkeypatch)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    filled = {
+        option: value.replace("FOLDER", str(folder)).replace("PARENT", str(tmp_path))
+        for option, value in arguments.items()
+    }
+    spec = {"class_path": name if name.startswith("lit_align") else f"{LIGHTNING}.{name}", "init_args": filled}
+    told: dict[str, Any] = {key: [spec] if key == "callbacks" else spec}
+    (folder / file).write_text("precious")
+    with pytest.raises(FileExistsError, match=f"{name.rpartition('.')[2]} would write to .*mine"):
+        main(["fit", "-c", written(place, tmp_path, tmp_path / "run", **told)])
+    assert contents(folder) == {file: "precious"}
+    (folder / file).unlink()
+    main(["fit", "-c", written(place, tmp_path, tmp_path / "run", **told)])
+    told["max_steps"] = 2  # a run that goes on may write where it has written
+    if "OnException" not in name:
+        main(["fit", "-c", written(place, tmp_path, tmp_path / "run", **told), "--ckpt_path", "last"])
+
+
+@pytest.mark.parametrize("name", ["manifest.json", ".lit-align.lock", "report.html"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "bytes", "deep"])
+def test_files_that_no_run_wrote_are_not_read(place: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """Reading a pipe or /dev/zero has no end."""
+    file = tmp_path / "out" / name
+    file.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(b"\xff\x00" if kind == "bytes" else b"[" * 60_000)
+    assert not is_ours(file.parent)
+    with pytest.raises(FileExistsError, match="not a report") if name == "report.html" else contextlib.nullcontext():
+        check_report(file.parent / "report.html")
+    with pytest.raises(claim.InUseError, match=r"no run wrote|in use") if "lock" in name else contextlib.nullcontext():
+        claim.take(file.parent).release()
 
 
 def test_an_export_replaces_an_export_alone(place: Path, tmp_path: Path) -> None:
