@@ -34,6 +34,11 @@ KINDS = {
         ("model", "pairs"),
         "a reward model on judged answers: accuracy beside longer-wins and shorter-wins, calibration, best-of-n",
     ),
+    "policy": Kind(
+        "lit_align.evaluation.evaluate_policy.EvaluatePolicy",
+        ("model", "prompts"),
+        "a language model: length, refusals, diversity, rewards, win rate and KL against a reference, calibration",
+    ),
     "data": Kind(
         "lit_align.evaluation.evaluate_data.EvaluateData",
         ("sources",),

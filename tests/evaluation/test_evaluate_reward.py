@@ -127,7 +127,7 @@ def test_what_is_no_reward_model_or_no_pairs(reward: str, pairs: str, tmp_path: 
         (["reward", reward], "evaluate reward takes MODEL PAIRS or one FILE.yaml"),
         (["reward", reward, pairs, "--bins", "3"], "unknown key 'bins'"),
         (["reward", "no.yaml"], "there is no file 'no.yaml'"),
-        (["rewards", reward, pairs], "evaluate 'rewards': choose one of reward"),
+        (["rewards", reward, pairs], "evaluate 'rewards': choose one of reward, policy, data"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             main(["evaluate", *args, *out])

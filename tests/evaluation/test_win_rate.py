@@ -24,7 +24,7 @@ def quality(prompts: Sequence[Any], texts: Sequence[str]) -> list[float]:
 def test_a_policy_against_itself_is_one_half_in_95_of_100() -> None:
     covered = 0
     for repeat in range(200):
-        told = win_rate(PROMPTS, answers(2 * repeat), answers(2 * repeat + 1), by_score(quality), resamples=200)
+        told = win_rate(PROMPTS, answers(2 * repeat), answers(2 * repeat + 1), by_score(quality), resamples=100)
         covered += told["win_rate"].low <= 0.5 <= told["win_rate"].high
     # 190 expected; three standard deviations of a binomial are 9.
     assert 181 <= covered <= 199
