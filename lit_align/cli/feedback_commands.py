@@ -1,4 +1,4 @@
-"""The commands that get labels and look at them: annotate, agreement."""
+"""The commands that get labels and look at them: annotate, judge, agreement."""
 
 from __future__ import annotations
 
@@ -116,3 +116,96 @@ def _names(text: str) -> tuple[str, ...]:
         if not name or len(name) > 100 or not name.isprintable():
             raise ConfigError(f"--annotators: {name!r:.60} is no name of 1 to 100 printable characters")
     return names
+
+
+def judge(args: list[str]) -> dict[str, Any]:
+    """Labels from a model: a chat server or a language model's folder as a judge, or a reward model's folder."""
+    parser = OneLineParser(prog="lit-align judge", description=judge.__doc__, allow_abbrev=False)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="prompts with completions; as of lit-align annotate")
+    parser.add_argument("--out", type=Path, required=True, help="folder: labels.jsonl, figures.json, answers.jsonl")
+    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, as http://127.0.0.1:8000/v1")
+    parser.add_argument("--model", help="name of the model at the endpoint, or folder of a language model")
+    parser.add_argument("--reward", metavar="FOLDER", help="folder of a reward model: its scores rank completions")
+    parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the endpoint's key")
+    parser.add_argument("--mode", choices=("pairwise", "scored"), default="pairwise", help="default pairwise")
+    parser.add_argument("--criteria", help="of scored, separated by commas; UltraFeedback's four without it")
+    parser.add_argument("--principle", help="of pairwise: the one principle to judge by")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of an answer; default 512")
+    parser.add_argument("--prices", metavar="IN,OUT", help="of a million tokens asked and said, for the estimate")
+    parser.add_argument("--people", metavar="LABELS", help="labels of people: agreement with them where both judged")
+    parser.add_argument("--estimate", action="store_true", help="say what it would take, and stop")
+    told = parser.parse_args(args)
+    if (told.reward is None) == (told.model is None):
+        raise ConfigError("name one judge: --model (with --endpoint, or a folder), or --reward FOLDER")
+    prices = _prices(told.prices)
+    from lit_align.feedback.judge import agreement_with
+    from lit_align.feedback.labels import read_labels
+    from lit_align.feedback.tasks import build_tasks
+
+    tasks, counts = build_tasks(told.files)
+    say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+    told.out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any]
+    if told.reward:
+        from lit_align.feedback.reward_labels import reward_labels
+
+        labels, figures = read_labels(reward_labels(tasks, told.reward, told.out)), dict(counts)
+    else:
+        judged = _judged(told, tasks, prices)
+        if judged is None:
+            return {}
+        labels, figures = judged
+    if told.people:
+        share, overlap = agreement_with(labels, [x for x in read_labels(told.people) if not x.control])
+        say(f"agreement with people on {overlap:,} tasks: {share}")
+        figures |= {"people_agreement": list(share), "people_tasks": overlap}
+    (told.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    say(f"{len(labels):,} labels in {told.out / 'labels.jsonl'}")
+    return figures
+
+
+def _judged(told: Any, tasks: list[Any], prices: tuple[float, float] | None) -> tuple[list[Any], dict[str, Any]] | None:
+    """Labels of a language model, and figures; None where only an estimate was asked for."""
+    from lit_align.feedback.answerers import Endpoint, Folder
+    from lit_align.feedback.judge import ULTRAFEEDBACK, Cache, estimate, questions
+    from lit_align.feedback.judge import judge as run
+    from lit_align.feedback.labels import write_labels
+
+    criteria = [name.strip() for name in told.criteria.split(",")] if told.criteria else list(ULTRAFEEDBACK)
+    cache = Cache(told.out / "answers.jsonl")
+    asked = [question for task in tasks for question in questions(task, told.mode, criteria, told.principle)]
+    ahead = estimate(asked, told.model, cache)
+    at_most = ahead["calls"] * told.max_tokens
+    cost = ""
+    if prices is not None:
+        price = (ahead["tokens"] * prices[0] + at_most * prices[1]) / 1e6
+        cost = f", at most {price:,.2f} at these prices"
+    calls = f"{ahead['calls']:,} calls ({ahead['cached']:,} more are cached)"
+    say(f"{calls}, about {ahead['tokens']:,} tokens asked and at most {at_most:,} said{cost}")
+    if told.estimate:
+        return None
+    answerer = (
+        Endpoint(told.endpoint, told.model, told.key_variable, told.max_tokens)
+        if told.endpoint
+        else Folder(told.model, told.max_tokens)
+    )
+    judged = run(tasks, answerer, cache, told.mode, criteria, told.principle)
+    say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in judged.counts.items()))
+    if told.mode == "pairwise":
+        say(f"flip rate {judged.flips}; share of verdicts for the answer shown first {judged.first}")
+    if not judged.labels:
+        raise ValueError(f"{told.model}: no task got an answer that parses; see {cache.path}")
+    write_labels(told.out / "labels.jsonl", judged.labels)
+    figures = {**judged.counts, "flip_rate": list(judged.flips), "first_share": list(judged.first)}
+    return judged.labels, figures
+
+
+def _prices(text: str | None) -> tuple[float, float] | None:
+    """Prices of a million tokens asked and said."""
+    if text is None:
+        return None
+    try:
+        asked, said = map(float, text.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--prices must be two numbers, as in 0.5,1.5, got {text!r:.40}") from error
+    return asked, said
