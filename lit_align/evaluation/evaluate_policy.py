@@ -59,7 +59,7 @@ class EvaluatePolicy:
         questions: multiple choice (question, A, B, C, D, answer), for calibration; null for none.
         text: plain text, for the loss on it; null for none.
         category: column of the prompts by which refusals are told apart, as XSTest's `label` or `type`.
-        limit: prompts, questions and texts that are used, the first.
+        limit: prompts, questions and texts that are used, drawn by the seed: files are often sorted by kind.
         sampling: how answers are drawn.
         template: of prompts that are plain text.
         resamples: of the bootstraps.
@@ -129,7 +129,7 @@ class EvaluatePolicy:
         return Result("policy", title, subtitle, figures, said, tables, drawings).write(out)
 
     def _rows(self, source: Source | None, tally: Tally) -> list[Row]:
-        """The first rows of a source that have a prompt."""
+        """Rows of a source that have a prompt or are text: `limit` of them."""
         if source is None:
             return []
         keep = [self.category] if self.category and source is self.prompts else []
@@ -143,11 +143,12 @@ class EvaluatePolicy:
                 rows.append(row)
             else:
                 tally["without_a_prompt"] += 1
-            if len(rows) == self.limit:
-                break
         if not rows:
             raise ValueError(f"{source.name} holds no usable row: {tally}")
-        return rows
+        if len(rows) <= self.limit:
+            return rows
+        drawn = np.random.default_rng(self.seed).choice(len(rows), self.limit, replace=False)
+        return [rows[i] for i in sorted(drawn.tolist())]
 
     def _measure(self, answers: PolicyAnswers, rows: Sequence[Row], tally: Tally) -> Measured:
         measured = Measured({"model": answers.folder})
@@ -172,7 +173,7 @@ class EvaluatePolicy:
             raise ValueError(f"no prompt fits the model {answers.folder}: {tally}")
         usable = [row for row, _ in kept]
         assert self.prompts is not None
-        data = {**self._data(self.prompts), "limit": self.limit}
+        data = self._data(self.prompts)
         rollout = answers.sample(usable, [one for _, one in kept], self.sampling, self.seed, data)
         groups = [group_of(row["prompt"]) for row in rollout.rows]
         texts, figures = rollout.texts, measured.figures
@@ -246,7 +247,7 @@ class EvaluatePolicy:
         rows = [row for row in self._rows(self.questions, tally) if len(row.get("completions") or ()) > 1]
         if not rows:
             raise ValueError(f"{self.questions.name} holds no multiple choice: expected question, A, B, C, D, answer")
-        logps = np.array(answers.choices(rows, tally, {**self._data(self.questions), "limit": self.limit}))
+        logps = np.array(answers.choices(rows, tally, self._data(self.questions)))
         usable = ~np.isnan(logps).any(1)
         right = np.array([int(np.argmin(row["ranks"])) for row in rows])
         if not usable.any():
@@ -287,7 +288,7 @@ class EvaluatePolicy:
         return told | {"planted_judges": planted}
 
     def _data(self, source: Source) -> dict[str, Any]:
-        return {"data": source.name, "rows": source.fingerprint()}
+        return {"data": source.name, "rows": source.fingerprint(), "limit": self.limit, "drawn_by": self.seed}
 
     def _mean(self, values: Any, groups: Sequence[Any], share: bool = False) -> Interval:
         return mean_interval(np.asarray(values, np.float64), groups, share, resamples=self.resamples, seed=self.seed)
