@@ -56,10 +56,13 @@ class DivergenceGuard(Callback):
         self.finite = finite
         self.first_length: float | None = None
         self.crossed: dict[str, int] = {}
+        self.looked_at = -1
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any = None, *call: Any) -> None:
         """Look at what the batch logged, and at its loss."""
-        if self.finite:
+        # Reading a figure waits for the device: once an optimizer step, not once a micro-batch.
+        if self.finite and trainer.global_step != self.looked_at:
+            self.looked_at = trainer.global_step
             self._look(trainer, outputs)
         if self.length is not None and self.first_length is None:
             self.first_length = _logged(trainer, "ppo/length")
@@ -147,7 +150,8 @@ def _stop(trainer: Trainer, why: str) -> None:
 def _kept(trainer: Trainer) -> Iterator[str]:
     for checkpoint in trainer.checkpoint_callbacks:
         yield getattr(checkpoint, "last_model_path", "")
-        yield os.path.join(getattr(checkpoint, "dirpath", None) or "", "last.ckpt")
+        if folder := getattr(checkpoint, "dirpath", None):
+            yield os.path.join(folder, "last.ckpt")
         yield getattr(checkpoint, "best_model_path", "")
     yield str(trainer.ckpt_path or "")
 

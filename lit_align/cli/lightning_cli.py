@@ -13,6 +13,7 @@ from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
@@ -160,6 +161,9 @@ class AlignCLI(LightningCLI):
         allow = allowed(config.resume.allow)
         self.save_config_kwargs = {"folder": out, "allow": allow}
         told = self._get(self.config_init, "trainer")
+        if told.accelerator == "auto" and MPSAccelerator.is_available():
+            say("trainer.accelerator: cpu, because MPS has no float64, which exact sums need")
+            kwargs["accelerator"] = "cpu"
         parents = _named(config)
         callbacks: list[Callback] = [Manifest(out, config.seed_everything, list(parents), parents, allow)]
         if told.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in _list(told.callbacks)):
@@ -328,6 +332,11 @@ def run_lightning(args: list[str]) -> AlignCLI | None:
         return _lightning(args, cli)
 
 
+def _texts(args: list[str]) -> list[str]:
+    """The command line and the content of its files."""
+    return [*args, *(file.read_text() for file in config_files(args) if file.is_file())]
+
+
 def _lightning(args: list[str], cli: type[AlignCLI]) -> AlignCLI:
     named_code.restrict()
     try:
@@ -354,6 +363,11 @@ def _lightning(args: list[str], cli: type[AlignCLI]) -> AlignCLI:
         if str(error).startswith("Does not validate"):
             raise ConfigError(explain(str(error))) from error
         raise
+    except TypeError as error:
+        # `dict_kwargs` pass through the parser unchecked.
+        if "got an unexpected keyword argument" not in str(error) or not any("dict_kwargs" in t for t in _texts(args)):
+            raise
+        raise ConfigError(explain(str(error))) from error
     except MisconfigurationException as error:
         raise ConfigError(" ".join(str(error).split())) from error
     except RuntimeError as error:  # torch raises this anywhere in the parent when a worker dies

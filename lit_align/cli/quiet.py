@@ -58,6 +58,7 @@ _UPSTREAM = (
     r"LightningCLI's args parameter is intended",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"The '\w+' does not have many workers",
+    r"GPU available but not used",  # on a Mac, which `fit` explains itself
     r"Total length of `list` across ranks is zero",  # no validation, as the data module was told
     r"Couldn't infer the batch indices fetched from your dataloader",
     r"The number of training batches \(\d+\) is smaller than the logging interval",

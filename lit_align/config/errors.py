@@ -35,6 +35,8 @@ _DENIED = re.compile(r"Importing '([^']+)' is not allowed")
 _REQUIRED = re.compile(r"arguments are required: (.+)|Key \"([^\"]+)\" is required")
 _INSTANCE = re.compile(r"(?:Not a valid subclass of|Does not implement protocol) (\w+)(?:\. Got value: (.*))?")
 _ALTERNATIVE = re.compile(r"Expected a (<class '[^']+'>|typing\.Literal\[[^\]]*\])")
+# `dict_kwargs` pass through the parser unchecked; the class itself refuses them.
+_KEYWORD = re.compile(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'")
 _COMMAND = re.compile(r"\b(?:fit|validate|test|predict)\.")
 _LITERAL = re.compile(r"typing\.Literal\[([^\]]*)\]")
 _TYPE = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>")
@@ -81,6 +83,8 @@ def _alternatives(lines: list[str]) -> str:
 def _sentence(key: str, class_path: str | None, problem: str) -> str:
     if option := _OPTION.search(problem):
         return _unknown_key(key, ".".join(part for part in option.groups() if part), class_path, problem)
+    if unknown := _KEYWORD.search(problem):
+        return f"{key + '.' if key else ''}dict_kwargs.{unknown[2]}: {unknown[1]} has no such option; remove it"
     if denied := _DENIED.search(problem):
         key = key or "class_path"
         return f"{key}: a configuration may not name {denied[1]!r}: it runs commands or opens files (docs/security.md)"

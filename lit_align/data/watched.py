@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, ValuesView
 from typing import Any
 
+from lit_align.data.messages import TRAINED
 from lit_align.data.rows import BadField, Row, Tally
 
 # Columns of what is no text; a language model of text would answer without having seen it.
@@ -62,9 +63,16 @@ def watch(row: Row, tally: Tally) -> Watched:
     tally.columns.update(name for name, value in row.items() if value is not None)
     for name, value in row.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            turns = (turn for turn in value if isinstance(turn, dict))
+            turns = [turn for turn in value if isinstance(turn, dict)]
+            tally["turns_marked_for_training_that_are_not_the_assistant's"] += sum(map(_marked, turns))
             tally.columns.update(f"{name}[].{key}" for turn in turns for key, held in turn.items() if held is not None)
     return Watched(row, tally.used)
+
+
+def _marked(turn: Row) -> bool:
+    """True if a turn of the user, the system or a tool asks to be trained on: only the assistant's turns are."""
+    role = str(turn.get("role") or turn.get("from") or "")
+    return role in ("user", "human", "system", "tool") and any(turn.get(name) in (1, True) for name in TRAINED)
 
 
 def unused(tally: Tally) -> list[str]:

@@ -33,11 +33,14 @@ def reloaded(module: AlignModule, asked: bool | None = None) -> Iterator[Finding
         says = f"not compared with its export, which is {size / 2**30:.1f} GiB"
         yield Finding("ok", "export", f"{says}: lit-align doctor FILE --reload does it")
         return
-    lora = getattr(getattr(module, "network", None), "lora", None)
+    network: Any = module.network
+    lora = network.lora
     adapter = lora is not None and lora.export == "adapter"
     try:
         with moved_adapters(model):
-            difference = check_export(model, adapter)
+            difference = check_export(
+                model, adapter, revision=network.revision, trust_remote_code=network.trust_remote_code
+            )
     except (ValueError, OSError, RuntimeError) as error:
         yield Finding("wrong", "export", " ".join(str(error).split()))
         return

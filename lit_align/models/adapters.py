@@ -78,7 +78,10 @@ def read_adapter(name: str | Path) -> Adapter:
         texts = file.metadata() or {}
     state = {key.removeprefix(PREFIX): weight for key, weight in load_file(folder / WEIGHTS).items()}
     # The second matrix of an adapter starts from zero.
-    check_values(str(folder), {n: w if w.dim() < 2 or ".lora_B." not in n else w.view(-1) for n, w in state.items()})
+    # Untrained, one matrix of each pair is zero: B of a layer, A of an embedding. Check those for finite values only.
+    starts = (".lora_B.", "lora_embedding_A")
+    matrices = {n: w.reshape(-1) if any(start in n for start in starts) else w for n, w in state.items()}
+    check_values(str(folder), matrices)
     return Adapter(folder, config, state, texts, adapter_base(folder))
 
 

@@ -26,6 +26,8 @@ _BUFFERS = re.compile(
     r"(^|\.)(inv_freq|(cos|sin)_cached|position_ids|num_batches_tracked|causal_mask|masked_bias|h\.\d+\.attn\.bias|attention\.bias)$"
 )
 _VOCABULARY_HEAD = re.compile(r"^(lm_head|embed_out|output_embeddings)\.")
+# Matrices that write into the residual stream. Block expansion (LLaMA-Pro) inserts layers whose outputs start at zero.
+_OUTPUTS = re.compile(r"\.(o_proj|out_proj|c_proj|wo|dense|down_proj|fc2|fc_out|w2|dense_4h_to_h|linear2)\.weight$")
 # A head that classifies: what a reward model has, and a language model has no place for.
 _SCALAR_HEAD = re.compile(r"^(score|classifier|classification_head)\.")
 
@@ -185,8 +187,9 @@ def _harmless(key: str, model: nn.Module, scalar: bool) -> bool:
 def check_values(name: str, weights: Mapping[str, Tensor]) -> None:
     """Check that weights are finite, and that no matrix is zero throughout.
 
-    A matrix that is zero in every layer is taken as meant (projections that start from zero), and so is a vocabulary
-    head, from which some start too; in some layers only, or as the only one of its kind, it is damage.
+    Three kinds of zeros are accepted: a matrix that is zero in every layer (a projection that starts from zero), a
+    vocabulary head, and a layer whose output projections, all of them and nothing else, are zero (block expansion).
+    Any other matrix of zeros is damage.
 
     Args:
         name: of the model or file, for the error.
@@ -211,8 +214,17 @@ def check_values(name: str, weights: Mapping[str, Tensor]) -> None:
             zero[key] = not bool(weight.any())
     for key in (key for key, nothing in zero.items() if nothing and not _VOCABULARY_HEAD.match(key)):
         peers = [other for other in zero if _kind(other) == _kind(key)]
-        if len(peers) == 1 or not all(zero[peer] for peer in peers):
+        if (len(peers) == 1 or not all(zero[peer] for peer in peers)) and not _passes_through(key, zero):
             raise ValueError(f"{name}: {key} holds only zeros: the file is damaged; {AGAIN}")
+
+
+def _passes_through(key: str, zero: Mapping[str, bool]) -> bool:
+    """True if the zeros of a layer are all of its output projections, so that the layer adds nothing."""
+    layer = re.match(r".*?\.\d+\.", key)
+    if layer is None:
+        return False
+    inside = {other: nothing for other, nothing in zero.items() if other.startswith(layer[0])}
+    return all(nothing == bool(_OUTPUTS.search(other)) for other, nothing in inside.items())
 
 
 def _kind(key: str) -> str:

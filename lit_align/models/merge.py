@@ -70,7 +70,8 @@ def merged_model(model: PreTrainedModel, state: dict[str, Tensor] | None = None)
         if not tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-        plain = type(model)._from_config(config, dtype=model.dtype)
+        with torch.random.fork_rng(devices=[]):  # the random weights are replaced; the run's draws must not change
+            plain = type(model)._from_config(config, dtype=model.dtype)
         plain.load_state_dict(state, strict=True)
         held = plain.state_dict()
         differ = [name for name, weight in state.items() if not torch.equal(held[name], weight.to(held[name]))]

@@ -19,13 +19,21 @@ from lit_align.models.lora import peft_warnings_off, without_dropout
 from lit_align.models.tree_attention import NAME
 
 
-def check_export(model: PreTrainedModel, adapter: bool = False, parent: str | Path | None = None) -> float:
+def check_export(
+    model: PreTrainedModel,
+    adapter: bool = False,
+    parent: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> float:
     """Export a model to a folder that is removed again, reload it, and compare one forward.
 
     Args:
         model: a transformers model, as `LanguageModel.hf` or `ScalarModel.hf`, with or without adapters.
         adapter: export the adapter alone.
-        parent: where the folder is made, as large as the model; null for the system's place for such folders.
+        parent: where to make the folder, which is as large as the model; None for the system's temporary folder.
+        revision: revision of an adapter's base model on the hub.
+        trust_remote_code: whether the model's own code may run.
 
     Returns:
         The largest difference between the two outputs.
@@ -34,11 +42,20 @@ def check_export(model: PreTrainedModel, adapter: bool = False, parent: str | Pa
         ValueError: the folder does not load, or what it holds is not the model in memory.
     """
     with tempfile.TemporaryDirectory(dir=parent) as place:
-        return check_reload(model, export(model, None, Path(place, "model"), adapter=adapter))
+        folder = export(model, None, Path(place, "model"), adapter=adapter)
+        return check_reload(model, folder, revision, trust_remote_code)
 
 
-def check_reload(model: PreTrainedModel, folder: str | Path) -> float:
+def check_reload(
+    model: PreTrainedModel, folder: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> float:
     """Compare one forward of a model in memory with that of an exported folder, merged or adapter.
+
+    Args:
+        model: the model in memory.
+        folder: the exported folder.
+        revision: revision of an adapter's base model on the hub.
+        trust_remote_code: whether the model's own code may run.
 
     Returns:
         The largest difference between the two outputs.
@@ -47,7 +64,7 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> float:
         ValueError: the folder does not load in transformers or peft, or its outputs are others.
     """
     try:
-        plain = reloaded(model, Path(folder))
+        plain = reloaded(model, Path(folder), revision, trust_remote_code)
     except (OSError, ValueError, TypeError, RuntimeError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{folder} does not load in plain transformers: {reason}") from error
@@ -64,20 +81,20 @@ def check_reload(model: PreTrainedModel, folder: str | Path) -> float:
     return difference
 
 
-def reloaded(model: PreTrainedModel, folder: Path) -> Any:
-    """The folder, as a plain transformers or peft model on the device and in the precision of the other."""
+def reloaded(model: PreTrainedModel, folder: Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Load the folder as a plain transformers or peft model, on the device and in the precision of `model`."""
     causal = model.can_generate()
     auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     attention = model.config._attn_implementation
-    options = {"dtype": model.dtype, "attn_implementation": "sdpa" if attention == NAME else attention}
-    options["use_safetensors"] = True
+    options: dict[str, Any] = {"dtype": model.dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    options["attn_implementation"] = "sdpa" if attention == NAME else attention
     with _quiet(), peft_warnings_off():
         if not (folder / CONFIG).exists():
             plain = auto.from_pretrained(folder, **options)
             choose_experts(plain)
             return plain.to(model.device)
         base = json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]
-        plain = auto.from_pretrained(base, **options, **({} if causal else {"num_labels": 1}))
+        plain = auto.from_pretrained(base, revision=revision, **options, **({} if causal else {"num_labels": 1}))
         choose_experts(plain)
         rows = model.config.get_text_config().vocab_size
         if rows != plain.config.get_text_config().vocab_size:

@@ -84,6 +84,8 @@ class AlignModule(LightningModule):
         takes = self.predict_batch_type if stage == "predict" else self.batch_type
         manual = stage == "fit" and not self.automatic_optimization
         check_strategy(self.trainer.strategy, type(self).__name__, samples=takes is PromptBatch, manual=manual)
+        if self.trainer.strategy.root_device.type == "mps":
+            raise ValueError("MPS has no float64, which exact sums need: set trainer.accelerator: cpu")
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for metric in (child for child in self.children() if isinstance(child, Metric)):

@@ -52,7 +52,8 @@ class ZeROStrategy(DDPStrategy):
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, got {stage}: strategy fsdp2 slices weights, too")
         if not DEEPSPEED:
-            raise ModuleNotFoundError(f"zero{stage} needs {DEEPSPEED.requirement}: pip install 'lit_align[deepspeed]'")
+            needed = f"{DEEPSPEED.requirement}: pip install 'lit_align[deepspeed]'"
+            raise ValueError(f"trainer.strategy: zero{stage} needs {needed}")
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.stage = stage
         self.bucket_size = bucket_size

@@ -162,11 +162,18 @@ def follow(asked: Path) -> Path | None:
         return Path(told[str(asked)])
     run, end = _run(), time.monotonic() + FOLLOW
     named = re.compile(re.escape(asked.name) + r"(?:-\d+)?")
+    dead: set[tuple[Path, str]] = set()
     while run is not None and time.monotonic() < end:
         for lock in sorted(asked.parent.glob(f"*/{LOCK}")):
             owner = _owner(lock)
-            if named.fullmatch(lock.parent.name) and owner.get("run") == run and _alive(owner) is not False:
+            known = (lock, json.dumps(owner, sort_keys=True))
+            if not named.fullmatch(lock.parent.name) or owner.get("run") != run or known in dead:
+                continue
+            alive = _alive(owner)
+            # Rank 0 on another machine touches its claim; a killed run with the same address and port left its own.
+            if alive or (alive is None and _touched(lock, 2 * BEAT)):
                 return lock.parent
+            dead.add(known)
         time.sleep(0.1)
     return None
 
@@ -302,19 +309,20 @@ def _clear(folder: Path, wait: bool, say: Callable[[str], None]) -> None:
         grave.unlink()
 
 
-def _touched(lock: Path) -> bool:
-    """Whether the owner touches its lock file within `SILENCE` seconds."""
+def _touched(lock: Path, seconds: float | None = None) -> bool:
+    """Whether the owner touches its lock file within so many seconds, by default `SILENCE`."""
+    seconds = SILENCE if seconds is None else seconds
 
     def seen() -> float:
         with lock.open() as file:  # opening the file makes NFS refresh its times
             return os.fstat(file.fileno()).st_mtime
 
     try:
-        first, end = seen(), time.monotonic() + SILENCE
+        first, end = seen(), time.monotonic() + seconds
         while time.monotonic() < end:
             if seen() != first:
                 return True
-            time.sleep(min(1.0, SILENCE / 10))
+            time.sleep(min(1.0, seconds / 10))
     except FileNotFoundError:
         pass
     return False

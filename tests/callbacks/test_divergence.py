@@ -17,7 +17,7 @@ from support.configs import config
 from support.parsers import only
 from torch.utils.data import DataLoader
 
-from lit_align.callbacks import Diverged, DivergenceGuard, HFExport, RunCheckpoint
+from lit_align.callbacks import Diverged, DivergenceGuard, HFExport, RunCheckpoint, divergence
 from lit_align.cli.entry import main
 
 pytestmark = [
@@ -224,3 +224,24 @@ def test_from_the_command_line(
         main(["fit", "-c", str(tmp_path / "run.yaml")])
     assert not (tmp_path / "run" / "model").exists()
     assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+# Kills: a wait for the device in every micro-batch.
+def test_it_looks_once_an_optimizer_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(DivergenceGuard, "_look", lambda self, trainer, outputs: looks.append(trainer.global_step))
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, callbacks=[DivergenceGuard()], accumulate_grad_batches=4,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Scripted(train_loss=[1.0] * 8), DataLoader(torch.zeros(8, 1), batch_size=1))
+    assert [step for step in looks if step] == [1, 2]
+
+
+# Kills: last.ckpt of the working folder named as the run's.
+def test_a_checkpoint_callback_without_a_folder_has_no_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "last.ckpt").touch()
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[ModelCheckpoint()], enable_progress_bar=False)
+    with pytest.raises(Diverged, match="there is no checkpoint yet"):
+        divergence._stop(trainer, "a reason")

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from lightning.pytorch.accelerators import MPSAccelerator
 from support.configs import METHODS, config
 from support.parsers import only
 from support.runs import write_rows
 from support.tiny import tiny_folder
 
 from lit_align.cli.entry import main
+from lit_align.config.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +101,27 @@ def test_a_configuration_of_the_user_is_not_a_failed_run(written: Any, tmp_path:
     main(written("sft"))
     assert (tmp_path / "run" / "config.yaml").read_text() == "mine: 1\n"
     assert (tmp_path / "run-2" / "model").is_dir()
+
+
+# Kills: a traceback for a key that only the class itself can refuse.
+@pytest.mark.parametrize("part", ["model", "data"])
+def test_a_dict_kwarg_that_the_class_lacks_is_named(written: Any, part: str) -> None:
+    file = Path(written("sft")[2])
+    content = yaml.safe_load(file.read_text())
+    content[part]["dict_kwargs"] = {"batches": 3}
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"dict_kwargs.batches: .* has no such option"):
+        main(["fit", "-c", str(file)])
+
+
+# Kills: the sums of float64 that MPS does not have.
+def test_on_a_mac_the_cpu_is_taken(
+    written: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    file = Path(written("sft")[2])
+    content = yaml.safe_load(file.read_text())
+    del content["trainer"]["accelerator"]
+    file.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    main(["fit", "-c", str(file)])
+    assert "trainer.accelerator: cpu, because MPS has no float64" in capsys.readouterr().out

@@ -50,6 +50,19 @@ def test_columns_that_are_not_used_are_named_once(said) -> None:
     assert said([{"prompt": "Hi", "level": 3}], PromptDataModule) == ""
 
 
+# Kills: a user's turn that asks to be trained on, dropped without a word.
+@pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}])
+def test_turns_of_others_that_ask_for_training_are_counted(write, tmp_path, mark: dict) -> None:
+    plain().save_pretrained(tmp_path / "model")
+    rows = [{"messages": [{**USER, **mark}, {**ANSWER, **mark}]}] * 3
+    data = InstructionDataModule(str(tmp_path / "model"), [Source(write("a.jsonl", rows))], val_fraction=0.0)
+    data.setup("fit")
+    (told,) = data.manifest()
+    assert "3 turns marked for training that are not the assistant's" in str(told["counts"]).replace("_", " ") or (
+        told["counts"]["turns_marked_for_training_that_are_not_the_assistant's"] == 3
+    )
+
+
 def test_images_are_refused(said) -> None:
     with pytest.raises(BadRow, match="'images' holds what is no text, and only text is read"):
         said([{"messages": [USER, ANSWER], "images": ["cat.png"]}])

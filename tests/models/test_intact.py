@@ -171,6 +171,24 @@ def test_what_is_zero_by_design() -> None:
     check_values("m", {"large": torch.full((2, 2), 3e38)})  # whose sum overflows in fp32
 
 
+# Kills: block expansion refused; a layer of which one output alone is lost taken for block expansion.
+def test_layers_that_block_expansion_adds() -> None:
+    names = ("self_attn.q_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight")
+    outputs = ("o_proj", "down_proj")
+
+    def layers(*zero: str) -> dict[str, torch.Tensor]:
+        weights = {f"model.layers.{i}.{name}": torch.ones(2, 2) for i in range(3) for name in names}
+        for name in names:
+            if any(part in name for part in zero):
+                weights[f"model.layers.1.{name}"] = torch.zeros(2, 2)
+        return weights
+
+    check_values("m", layers(*outputs))
+    for damaged in (("o_proj",), ("up_proj",), (*outputs, "q_proj")):
+        with pytest.raises(ValueError, match=r"layers.1.* holds only zeros"):
+            check_values("m", layers(*damaged))
+
+
 # Kills: a buffer of older versions, or a head that ties, taken for a weight too many.
 def test_what_changes_nothing_may_be_too_much(folder: Folder) -> None:
     place = folder()

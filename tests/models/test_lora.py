@@ -12,6 +12,7 @@ from support.tiny import tiny_folder
 from torch import Tensor
 
 from lit_align.models import LanguageModel, Lora, Network, load_causal_lm, load_scorer
+from lit_align.models.export import export
 from lit_align.models.lora import adapters_off
 from lit_align.models.reload import check_export
 from lit_align.models.roles import ScalarAdapter
@@ -222,3 +223,16 @@ def test_a_peft_that_does_not_fit_transformers_is_one_line_with_the_tested_versi
     assert all(f"'{name}=={version}'" in str(e.value) for name, version in pins.items())
     assert len(pins) == 2
     assert "\n" not in str(e.value)
+
+
+# Kills: an adapter of embeddings that no step has moved, taken for a damaged file; draws of the run moved by an export.
+@pytest.mark.parametrize("adapter", [True, False])
+def test_an_untrained_adapter_of_embeddings_is_exported_and_read(adapter: bool, tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "start", "llama")
+    network = Network(folder, lora=Lora(r=2, targets=["embed_tokens", "q_proj"]))
+    model = LanguageModel(load_causal_lm(network)).hf
+    before = torch.get_rng_state()
+    export(model, None, tmp_path / "out", adapter=adapter)
+    assert torch.equal(torch.get_rng_state(), before)
+    if adapter:
+        load_causal_lm(Network(folder, adapter=str(tmp_path / "out")))

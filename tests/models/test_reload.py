@@ -193,3 +193,15 @@ def test_a_folder_that_is_not_the_model_is_an_error(tmp_path: Path) -> None:
     (out / CONFIG).write_text("{}")
     with pytest.raises(ValueError, match="does not load in plain transformers"):
         check_reload(model, out)
+
+
+# Kills: an adapter compared with the newest revision of its base; the model's own code refused on reload.
+def test_the_base_is_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(load_causal_lm(Network(start(tmp_path, "llama"), lora=Lora(r=2)))).hf
+    asked: list[dict[str, Any]] = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, **options: asked.append(options) or load(name, **options)
+    )
+    check_export(model, adapter=True, revision="main", trust_remote_code=True)
+    assert (asked[0]["revision"], asked[0]["trust_remote_code"]) == ("main", True)

@@ -54,7 +54,7 @@ def test_weights_are_not_sliced() -> None:
 
 def test_without_deepspeed_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero, "DEEPSPEED", RequirementCache("deepspeed>=99"))
-    with pytest.raises(ModuleNotFoundError, match=r"zero2 needs deepspeed>=99: pip install 'lit_align\[deepspeed\]'"):
+    with pytest.raises(ValueError, match=r"zero2 needs deepspeed>=99: pip install 'lit_align\[deepspeed\]'"):
         StrategyRegistry.get("zero2")
 
 

@@ -177,6 +177,21 @@ def test_other_ranks_share_the_claim_of_the_first(
         assert (got / LOCK).exists()  # a rank does not release what it shares
 
 
+# Kills: the claim that a killed run on another machine left, of the same address and port, followed by a later run.
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_rank_on_another_machine_follows_a_claim_that_is_touched(
+    tmp_path: Path, alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "abc")
+    monkeypatch.setattr(claim, "BEAT", 0.5)
+    monkeypatch.setattr(claim, "FOLLOW", 1.5)
+    lock = locked(tmp_path / "run", host="elsewhere", system="elsewhere", run=claim._run())
+    touch = threading.Timer(0.3, lambda: os.utime(lock, (9e9, 9e9)))
+    if alive:
+        touch.start()
+    assert claim.follow(tmp_path / "run") == (tmp_path / "run" if alive else None)
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(OSError, match="run is a file: --out must name a folder"):
