@@ -12,6 +12,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from lit_align.models.load import device_of, load_causal_lm, load_tokenizer
 from lit_align.models.network import Network
+from lit_align.utils.bounds import at_most
 from lit_align.utils.display import printable
 from lit_align.utils.model_folder import find_model
 
@@ -68,9 +69,11 @@ class Chat:
     def say(self, text: str, streamer: TextStreamer | None = None) -> str:
         """Add a user message and return the model's completion."""
         self.messages.append({"role": "user", "content": text})
-        inputs = self.tokenizer.apply_chat_template(
-            self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        ).to(self.model.device)
+        with at_most():
+            inputs = self.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        inputs = inputs.to(self.model.device)
         with torch.no_grad():
             output = self.model.generate(**inputs, **self.options, streamer=streamer)
         answer: str = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -21,7 +21,7 @@ from typing import IO, Any
 import fsspec
 
 from lit_align.data.rows import BadFile, BadRow, Row
-from lit_align.data.unpacked import LONGEST_ROW, bounded, check_parquet
+from lit_align.data.unpacked import LONGEST_ROW, bounded, check_parquet, check_unpacked
 from lit_align.data.unpacked import lines as bounded_lines
 from lit_align.utils.secret import REDACTED, WAY_OUT, redact_text
 
@@ -182,8 +182,11 @@ def _read_parquet(name: str, raw: IO[bytes], header: list[str] | None) -> Iterat
     number = 0
     try:
         file = pyarrow.parquet.ParquetFile(raw)
-        check_parquet(name, file.metadata)
-        for batch in file.iter_batches(batch_size=1024):
+        limit, read = check_parquet(name, file.metadata), 0
+        for batch in file.iter_batches(batch_size=16):  # a word of a dictionary page may stand in each row
+            columns = (c.dictionary_decode() if pyarrow.types.is_dictionary(c.type) else c for c in batch.columns)
+            read += sum(column.nbytes for column in columns)
+            check_unpacked(name, read, limit)
             for row in batch.to_pylist():
                 number += 1
                 yield number, row

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.messages import REASONING, Message, Messages, Tools
 from lit_align.data.rows import BadField
+from lit_align.utils.bounds import at_most
 
 _CALL = {"type": "function", "id": "call00000", "function": {"name": "lookup", "arguments": {"word": "Loremipsum"}}}
 WAY_OUT = "change the row, or set data.chat_template to a template that takes it (a name, as qwen3, or a file)"
@@ -42,7 +43,10 @@ class Renderer:
         plain = [self._plain(message) for message in messages]
         options = {"tokenize": False, "add_generation_prompt": generation_prompt}
         try:
-            return str(self.tokenizer.apply_chat_template(plain, tools=tools or None, **options))  # type: ignore[arg-type]
+            with at_most():
+                return str(self.tokenizer.apply_chat_template(plain, tools=tools or None, **options))  # type: ignore[arg-type]
+        except MemoryError as error:
+            raise BadField("messages", f"takes too much memory in the chat template ({WAY_OUT})") from error
         except Exception as error:  # a template raises what it likes: jinja's errors, TypeError, ...
             problem = f"does not fit the chat template: {error}"
             raise BadField("messages", f"{problem} ({WAY_OUT})") from error
@@ -74,7 +78,9 @@ class Renderer:
         for name in REASONING:
             said = {"role": "assistant", "content": "Amet", name: "Loremipsum"}
             try:
-                if "Loremipsum" in str(self.tokenizer.apply_chat_template([asked, said], tokenize=False)):
+                with at_most():
+                    text = str(self.tokenizer.apply_chat_template([asked, said], tokenize=False))
+                if "Loremipsum" in text:
                     return name
             except Exception:  # see __call__
                 continue

@@ -41,12 +41,15 @@ def largest(handle: Any) -> int | None:
     return _asked() or max(AT_LEAST, RATIO * int(packed or 0))
 
 
-def check_parquet(name: str, metadata: Any) -> None:
+def check_parquet(name: str, metadata: Any) -> int:
     """Refuse a parquet file whose columns unpack to more than they should, by what its footer says.
 
     Args:
         name: the file's, for the error.
         metadata: pyarrow's.
+
+    Returns:
+        Bytes that its rows may hold. The footer counts a word of a dictionary once, however many rows have it.
 
     Raises:
         BadFile: see above.
@@ -58,7 +61,17 @@ def check_parquet(name: str, metadata: Any) -> None:
     ]
     packed = sum(max(column.total_compressed_size, 0) for column in columns)
     limit = _asked() or max(AT_LEAST, RATIO * packed)
-    if sum(max(column.total_uncompressed_size, 0) for column in columns) > limit:
+    check_unpacked(name, sum(max(column.total_uncompressed_size, 0) for column in columns), limit)
+    return limit
+
+
+def check_unpacked(name: str, size: int, limit: int) -> None:
+    """Refuse a file of which more is unpacked than the limit, in bytes.
+
+    Raises:
+        BadFile: it is more.
+    """
+    if size > limit:
         raise BadFile(name, "the file as a whole", _too_much(limit))
 
 

@@ -97,6 +97,27 @@ def test_a_parquet_file_says_what_it_unpacks_to(tmp_path: Path, monkeypatch: pyt
     assert len(rows(path)) == 2000
 
 
+@pytest.mark.parametrize("typed", [True, False], ids=["a dictionary's type", "plain text"])
+def test_a_word_of_a_parquet_dictionary_counts_for_each_row(typed: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 5000), pyarrow.array(["x" * (1 << 14)]))
+    table = pyarrow.table({"text": column if typed else column.dictionary_decode()})
+    pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=1 << 30)
+    held: list[int] = []
+
+    def read() -> None:
+        for name, handle in open_files(str(path)):
+            for _ in read_rows(name, handle):
+                held.append(pyarrow.total_allocated_bytes())
+
+    del table, column
+    before = pyarrow.total_allocated_bytes()
+    with pytest.raises(BadFile, match="unpacks to more than"):
+        read()
+    assert 30 < len(held) < 500
+    assert max(held) - before < 4 * MIB
+
+
 def test_a_stream_stays_small(tmp_path: Path) -> None:
     """A gigabyte of one line is refused within a bounded memory."""
     path = tmp_path / "a.txt.gz"
