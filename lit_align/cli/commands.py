@@ -12,7 +12,7 @@ from typing import Any
 
 import lit_align
 from lit_align.cli.evaluate import evaluate
-from lit_align.cli.feedback_commands import agreement, annotate, judge
+from lit_align.cli.feedback_commands import agreement, annotate, judge, revise
 from lit_align.cli.one_line_parser import OneLineParser
 from lit_align.config.errors import ConfigError, explain
 from lit_align.config.named_files import check_files
@@ -242,4 +242,5 @@ COMMANDS: dict[str, Callable[[list[str]], Any]] = {
     "annotate": annotate,
     "agreement": agreement,
     "judge": judge,
+    "revise": revise,
 }

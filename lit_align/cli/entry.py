@@ -31,6 +31,7 @@ USAGE = """usage: lit-align COMMAND [options]
   evaluate KIND ...              measures with intervals: of a reward model on pairs, of a policy, of data sets
   annotate FILE                  a page where people compare completions; --export FILE writes their labels
   judge FILE                     labels from a chat server, a language model or a reward model, in both orders
+  revise FILE                    critique and revision by principles, as demonstrations
   agreement LABELS               whether labels can be trusted: kappas, alpha, biases, and soft labels to train on
   report RUN [RUN ...]           the page of a run, a pipeline or a sweep; of several runs, one that compares them
 

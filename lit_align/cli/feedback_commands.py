@@ -1,4 +1,4 @@
-"""The commands that get labels and look at them: annotate, judge, agreement."""
+"""The commands that get labels and look at them: annotate, judge, revise, agreement."""
 
 from __future__ import annotations
 
@@ -209,3 +209,51 @@ def _prices(text: str | None) -> tuple[float, float] | None:
     except ValueError as error:
         raise ConfigError(f"--prices must be two numbers, as in 0.5,1.5, got {text!r:.40}") from error
     return asked, said
+
+
+def revise(args: list[str]) -> dict[str, Any]:
+    """Have a model criticise and revise answers by principles (Constitutional AI); the rows are demonstrations."""
+    parser = OneLineParser(prog="lit-align revise", description=revise.__doc__, allow_abbrev=False)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="prompts, with or without an answer to revise")
+    parser.add_argument("--principles", required=True, metavar="FILE", help="YAML: a list of principles")
+    parser.add_argument("--out", type=Path, required=True, help="folder: revised.jsonl, answers.jsonl")
+    parser.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server, as http://127.0.0.1:8000/v1")
+    parser.add_argument(
+        "--model", required=True, help="name of the model at the endpoint, or folder of a language model"
+    )
+    parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the endpoint's key")
+    parser.add_argument("--rounds", type=int, default=1, help="of critique and revision; default 1")
+    parser.add_argument("--seed", type=int, default=0, help="of the principles that are drawn")
+    parser.add_argument("--max-tokens", type=int, default=512, help="of a text; default 512")
+    told = parser.parse_args(args)
+    if told.rounds < 1:
+        raise ConfigError(f"--rounds must be at least 1, got {told.rounds}")
+    from collections import Counter
+
+    from lit_align.feedback.answerers import Endpoint, Folder
+    from lit_align.feedback.judge import Cache
+    from lit_align.feedback.labels import write_rows
+    from lit_align.feedback.revise import read_answers, read_principles
+    from lit_align.feedback.revise import revise as run
+
+    principles = read_principles(told.principles)
+    given = list(read_answers(told.files))
+    told.out.mkdir(parents=True, exist_ok=True)
+    cache, counts = Cache(told.out / "answers.jsonl"), Counter[str]()
+    answerer = (
+        Endpoint(told.endpoint, told.model, told.key_variable, told.max_tokens)
+        if told.endpoint
+        else Folder(told.model, told.max_tokens)
+    )
+    rows = []
+    for row, answer in given:
+        revised = run(row["prompt"], answer, principles, answerer, cache, counts, told.rounds, told.seed)
+        counts["revised" if revised else "left_out_with_an_empty_text"] += 1
+        if revised:
+            rows.append({**row, **revised})
+    say(", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()))
+    if not rows:
+        raise ValueError(f"{told.model}: every prompt got an empty text; see {cache.path}")
+    write_rows(told.out / "revised.jsonl", rows)
+    say(f"{len(rows):,} demonstrations in {told.out / 'revised.jsonl'}")
+    return dict(counts)

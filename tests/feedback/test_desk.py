@@ -298,6 +298,7 @@ def test_a_guideline_is_markdown_whose_html_is_text(tmp_path: Path) -> None:
 BAD_GUIDELINES = [
     ("---\ncriteria: helpful\n---\nText", "criteria is 'helpful', expected a list"),
     ("---\ncriteria: [a, a]\n---\nText", "no two alike"),
+    ("---\n{a: b\n---\nText", "the header is not YAML"),
     ("---\nscale: 1\n---\nText", "scale is 1"),
     ("---\nscale: 5\nText", "has no end"),
     ("---\nother: 1\n---\nText", "the header has 'other'"),

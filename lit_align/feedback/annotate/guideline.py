@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from lit_align.utils import limits
 
 DEFAULT = """\
@@ -61,7 +63,10 @@ def read_guideline(path: str | Path | None) -> Guideline:
         header, closed, text = text[4:].partition("\n---\n")
         if not closed:
             raise ValueError(f"{path}: the header begins with --- and has no end: close it with a line of ---")
-        asked = limits.load_yaml(header, path)
+        try:
+            asked = limits.load_yaml(header, path)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: the header is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(asked, dict):
             raise ValueError(f"{path}: the header is {asked!r:.40}, expected keys among {', '.join(_KEYS)}")
     for key in asked:
