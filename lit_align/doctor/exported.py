@@ -33,14 +33,13 @@ def reloaded(module: AlignModule, asked: bool | None = None) -> Iterator[Finding
         says = f"not compared with its export, which is {size / 2**30:.1f} GiB"
         yield Finding("ok", "export", f"{says}: lit-align doctor FILE --reload does it")
         return
-    network: Any = module.network
-    lora = network.lora
+    network: Any = getattr(module, "network", None)
+    lora = getattr(network, "lora", None)
     adapter = lora is not None and lora.export == "adapter"
     try:
         with moved_adapters(model):
-            difference = check_export(
-                model, adapter, revision=network.revision, trust_remote_code=network.trust_remote_code
-            )
+            code = {name: getattr(network, name) for name in ("revision", "trust_remote_code") if network is not None}
+            difference = check_export(model, adapter, **code)
     except (ValueError, OSError, RuntimeError) as error:
         yield Finding("wrong", "export", " ".join(str(error).split()))
         return

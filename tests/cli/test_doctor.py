@@ -278,7 +278,7 @@ def test_an_export_without_its_adapters_is_seen(tmp_path: Path, monkeypatch: pyt
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     assert [finding.level for finding in reloaded(module)] == ["ok"]
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
-    monkeypatch.setattr("lit_align.doctor.exported.check_export", lambda model, adapter: unlike(model))
+    monkeypatch.setattr("lit_align.doctor.exported.check_export", lambda model, adapter, **options: unlike(model))
     (finding,) = reloaded(module)
     assert (finding.level, finding.says) == ("wrong", "the adapters are no zeros")
 
@@ -293,7 +293,7 @@ def test_large_models_are_exported_when_it_is_asked_for(examined: Examined, monk
     monkeypatch.setattr("lit_align.doctor.exported.LARGE", 0)
     assert "lit-align doctor FILE --reload does it" in examined("sft")[1]
     module: Any = SimpleNamespace(exported=lambda: torch.nn.Linear(2, 2), network=None)
-    monkeypatch.setattr("lit_align.doctor.exported.check_export", lambda model, adapter: 0.0)
+    monkeypatch.setattr("lit_align.doctor.exported.check_export", lambda model, adapter, **options: 0.0)
     (finding,) = reloaded(module, asked=True)
     assert finding.says.startswith("a whole model")
 
