@@ -13,13 +13,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lit_align"
 
 # What each room may import: utils <- types <- functional <- data, models <- rollout, rewards <- modules <- the rest.
-LEARNING = {"utils", "types", "functional", "data", "models", "rollout", "rewards", "modules"}
+LEARNING = {"utils", "types", "functional", "accelerate", "data", "models", "rollout", "rewards", "modules"}
 BELOW = {
     "utils": set(),
     "types": set(),
     "functional": {"types"},
+    "accelerate": {"types", "functional"},
     "data": {"utils", "types", "functional"},
-    "models": {"utils", "types", "functional"},
+    "models": {"utils", "types", "functional", "accelerate"},
     "rollout": {"utils", "types", "functional", "data", "models"},
     "rewards": {"utils", "types", "functional", "data", "models"},
     "modules": {"utils", "types", "functional", "models", "rollout", "rewards"},

@@ -23,11 +23,11 @@ import torch
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
+from lit_align.accelerate.rotary import put_on_rotary
+from lit_align.accelerate.tree_attention import put_on_tree_attention
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel
-from lit_align.models.rotary import turn_without_copies
 from lit_align.models.scalar import ScalarModel
-from lit_align.models.tree_attention import attend_by_tree
 from lit_align.types import Example, PackedBatch, Segment
 
 HERE = Path(__file__).parent
@@ -80,8 +80,8 @@ def point(way: str, device: str, **sizes: int) -> dict[str, float]:
     config.num_labels = 1
     model = (AutoModelForSequenceClassification if rewards else AutoModelForCausalLM).from_config(config)
     if way != "padded":
-        attend_by_tree(model)
-        turn_without_copies(model)
+        put_on_tree_attention(model)
+        put_on_rotary(model)
     model = ScalarModel(model.to(device)) if rewards else LanguageModel(model.to(device))
     made = examples(**sizes)
     made = as_pairs(made) if way.endswith("pairs") else made

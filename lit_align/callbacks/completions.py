@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_align.callbacks.ema import averaged
+from lit_align.callbacks.metrics_csv import step_of_loggers
 from lit_align.data.chat import ChatEncoder
 from lit_align.modules.strategy import check_strategy
 from lit_align.types import PromptBatch
@@ -60,7 +61,7 @@ class CompletionsTable(Callback):
         if not trainer.is_global_zero:
             return
         # The step that Lightning writes beside metrics; global_step counts PPO's several to a batch.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = step_of_loggers(trainer)
         asked = [row["prompt"][0]["content"] for row in rollout.rows]
         lines = [
             {

@@ -3,41 +3,108 @@
 from __future__ import annotations
 
 import csv
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from lit_align.utils.disk import replacing
 
 
-class MetricsCSV(CSVLogger):
-    """Lightning's csv logger without its version folders, and without its deleting the metrics of a resumed run.
+class MetricsCSV(Logger):
+    """Logs metrics to one file, on the first process; a resumed run goes on in it.
+
+    The first row decides which rows of an interrupted run stay: those of earlier steps.
 
     Args:
         folder: the run's folder; metrics go to `metrics.csv` in it.
-        flush_logs_every_n_steps: how many optimizer steps at most are lost when the process is killed.
     """
 
-    _experiment: _ContinuingWriter | None
-
-    def __init__(self, folder: str | Path, flush_logs_every_n_steps: int = 10) -> None:
-        super().__init__(os.fspath(folder), name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self.columns: list[str] = []
+        self.latest: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []  # to be written
+        self.interrupted: bool | None = None  # whether there are rows of an earlier process; None before the first row
 
     @property
-    def experiment(self) -> Any:
-        """The writer; Lightning calls this on the first process only."""
-        if self._experiment is None:
-            self._experiment = _ContinuingWriter(log_dir=self.log_dir)
-        return self._experiment
+    def name(self) -> str:
+        """Empty, as is `version`: the folder is one run's."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run's folder."""
+        return str(self.path.parent)
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        return self.save_dir
 
     @rank_zero_only
-    def log_hyperparams(self, params: Any = None) -> None:
-        """The configuration has a file of its own."""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """No-op: the configuration has a file of its own."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Record a row. One that repeats the last, as after `log_ahead`, is left out."""
+        if self.interrupted is None:
+            self.interrupted = self.path.exists()
+        if self.interrupted and step is not None:
+            self.interrupted = False
+            self._keep_before(step)
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        row["step"] = len(self.rows) if step is None else step
+        if repr(sorted(row.items())) != repr(sorted(self.latest.items())):  # by repr, as nan is not nan
+            self.rows.append(row)
+            self.latest = row
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Append; a new column needs the file written anew. Lightning calls this after each row."""
+        if not self.rows:
+            return
+        found = set().union(*self.rows)
+        new = not found <= set(self.columns)
+        self.columns = sorted(found.union(self.columns))
+        try:
+            if new or not self.path.exists():
+                self._write(_rows(self.path) + self.rows)
+            else:
+                with self.path.open("a", newline="") as file:
+                    csv.DictWriter(file, fieldnames=self.columns).writerows(self.rows)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: metrics cannot be written", str(self.path)) from error
+        self.rows = []
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left."""
+        self.save()
+
+    def _keep_before(self, step: int) -> None:
+        rows = _rows(self.path)
+        self.columns = sorted(set().union(*rows))
+        self._write([row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < step])
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """Write the file with these rows: it is there whole or as it was."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def log_ahead(trainer: Trainer) -> None:
@@ -45,65 +112,33 @@ def log_ahead(trainer: Trainer) -> None:
 
     Lightning logs a batch after its callbacks: a run killed between the two would go on without that row.
     """
+    # Private, because Lightning's public `logged_metrics` mixes in those of earlier steps, and nothing public tells the
+    # step that its loggers count.
     connector = trainer._logger_connector
-    accumulating = trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization
+    accumulating = pending(trainer) and trainer.lightning_module.automatic_optimization
     if accumulating or not connector.should_update_logs:
         return
     row: dict[str, Any] = {"epoch": trainer.current_epoch, **connector.metrics["log"]}
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCSV):
-            logger.log_metrics(row, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(row, step_of_loggers(trainer))
             logger.save()
 
 
-class _ContinuingWriter(ExperimentWriter):
-    """Appends; the first row decides which rows of an interrupted run stay: those of earlier steps."""
+def log_now(trainer: Trainer) -> None:
+    """Give all loggers what the batch logged, where the run ends before Lightning does."""
+    trainer._logger_connector.update_train_step_metrics()
 
-    def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir)
-        self.latest: dict[str, Any] = {}
 
-    def _check_log_dir_exists(self) -> None:
-        # Lightning's deletes the file here.
-        self.interrupted = Path(self.metrics_file_path).exists()
+def step_of_loggers(trainer: Trainer) -> int:
+    """The step by which loggers count: batches after which the optimizer stepped."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
-    def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
-        """Record a row; one that was logged ahead comes a second time."""
-        if self.interrupted and step is not None:
-            self.interrupted = False
-            self._keep_before(step)
-        super().log_metrics(metrics_dict, step)
-        if repr(sorted(self.metrics[-1].items())) == repr(sorted(self.latest.items())):  # by repr, for nan is not nan
-            self.metrics.pop()
-        else:
-            self.latest = self.metrics[-1]
 
-    def save(self) -> None:
-        """Append; a column that is new needs the file written anew."""
-        path = Path(self.metrics_file_path)
-        if not self.metrics:
-            return
-        try:
-            if self._record_new_keys() or not path.exists():
-                self._write(_rows(path) + self.metrics)
-            else:
-                with path.open("a", newline="") as file:
-                    csv.DictWriter(file, fieldnames=self.metrics_keys).writerows(self.metrics)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}: metrics cannot be written", str(path)) from error
-        self.metrics = []
-
-    def _keep_before(self, step: int) -> None:
-        rows = _rows(Path(self.metrics_file_path))
-        self.metrics_keys = sorted(set().union(*rows))
-        self._write([row for row in rows if (row.get("step") or "").isdigit() and int(row["step"]) < step])
-
-    def _write(self, rows: list[dict[str, Any]]) -> None:
-        """The file with these rows, there whole or as it was."""
-        with replacing(Path(self.metrics_file_path)) as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
+def pending(trainer: Trainer) -> bool:
+    """Whether an accumulation is on: its gradients are in no checkpoint, and a resumed run would step without them."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    return bool(batches % trainer.accumulate_grad_batches != 0 and not trainer.is_last_batch)
 
 
 def last_values(metrics: Path, until: int | None = None) -> dict[str, float]:

@@ -48,6 +48,7 @@ class StopRequest:
         """Take the place of Lightning's handlers, until it restores at the end those from before its own."""
         self.received = None
         self._trainer = trainer
+        # Private, because a strategy for one device does not tell its environment.
         environment: Any = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self.requeue_signal = environment.requeue_signal

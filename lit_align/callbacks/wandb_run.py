@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import pydoc
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +33,37 @@ def known(manifest: Path) -> dict[str, Any] | None:
     return told if isinstance(told, dict) and isinstance(told.get("id"), str) else None
 
 
-def go_on(out: Path, loggers: Iterable[Any]) -> str | None:
-    """Have W&B go on in the run that the folder's run began.
+@contextlib.contextmanager
+def go_on(out: Path, trainer: Any) -> Iterator[str | None]:
+    """Name the run that the folder's run began in the options of a W&B logger, until the end of the block.
+
+    The loggers are to be made within. The configuration that is saved does not hold the name: a new run with it would
+    go on in the same run of W&B.
 
     Args:
         out: folder of the run that is resumed.
-        loggers: those of the Trainer, before they begin anything.
+        trainer: the configuration of the Trainer; None if no run is resumed.
 
-    Returns:
+    Yields:
         A line that says so; None where there is nothing to go on with, or where the user or an agent names the run.
     """
     told = known(out / "manifest.json")
-    mine = [logger for logger in loggers if isinstance(logger, WandbLogger) and logger.version is None]
+    loggers: Any = getattr(trainer, "logger", None)
+    options = [
+        logger.init_args for logger in (loggers if isinstance(loggers, list) else [loggers]) if _is_wandb(logger)
+    ]
+    mine = [given for given in options if given.get("id") is None and given.get("version") is None]
     if told is None or not mine or VARIABLE in os.environ:
-        return None
-    # Private, because nothing public sets it after the logger is made. In the configuration, a new run with that
-    # configuration would go on, too; and W&B reads the environment once in a process.
-    mine[0]._id = mine[0]._wandb_init["id"] = told["id"]
-    return f"goes on in W&B's run {told['id']} of {told.get('project')}"
+        yield None
+        return
+    mine[0].id = told["id"]
+    try:
+        yield f"goes on in W&B's run {told['id']} of {told.get('project')}"
+    finally:
+        mine[0].id = None
+
+
+def _is_wandb(logger: Any) -> bool:
+    """Whether a configuration is of a W&B logger."""
+    kind = pydoc.locate(getattr(logger, "class_path", None) or "")
+    return isinstance(kind, type) and issubclass(kind, WandbLogger)

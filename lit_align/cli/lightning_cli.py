@@ -71,6 +71,8 @@ class AlignCLI(LightningCLI):
     holds another run, the new run takes the next free name.
     """
 
+    writes = True
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--out`, `--export`, `--resume.allow` and the options of the checkpoint callback."""
         parser.add_argument(
@@ -88,7 +90,8 @@ class AlignCLI(LightningCLI):
             default=None,
             help=f"Changes that a resumed run accepts, [data, model] for two: {', '.join(KINDS)}.",
         )
-        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        # Not `add_lightning_class_args`, which adds a callback to the Trainer even if enable_checkpointing is false.
+        parser.add_class_arguments(RunCheckpoint, "checkpoint", fail_untyped=False, sub_configs=True)
         # Keep one checkpoint, the latest, under two names. With save_top_k: 0, Lightning saves only at the end.
         newest = {"save_last": "link", "save_top_k": 1, "enable_version_counter": False}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in newest.items()})
@@ -101,7 +104,10 @@ class AlignCLI(LightningCLI):
         named_code.check(self.config.get(self.config.get("subcommand")))
 
     def _parse_ckpt_path(self) -> None:
-        """No-op: Lightning would merge the `hyper_parameters` of the checkpoint into the configuration."""
+        """No-op: Lightning would merge the `hyper_parameters` of the checkpoint into the configuration.
+
+        Private, because nothing public keeps it from that.
+        """
 
     def before_instantiate_classes(self) -> None:
         """Choose and claim the folder of the run, and set the paths and defaults that every run has."""
@@ -135,9 +141,14 @@ class AlignCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Instantiate as Lightning does; a `sys.exit` in the user's code becomes an error."""
-        with no_silent_exit():
+        config = self.config[self.subcommand]
+        resumes = self.writes and self.subcommand == "fit" and config.get("ckpt_path")
+        with no_silent_exit(), go_on(Path(config.out), config.trainer if resumes else None) as line:
             super().instantiate_classes()
+        if line:
+            say(line)
 
+    # Private, because nothing public is called around the Trainer's run.
     def _run_subcommand(self, subcommand: str) -> None:
         with no_silent_exit(Path(self.config[subcommand].out)):
             super()._run_subcommand(subcommand)
@@ -160,7 +171,7 @@ class AlignCLI(LightningCLI):
         out = Path(config.out)
         allow = allowed(config.resume.allow)
         self.save_config_kwargs = {"folder": out, "allow": allow}
-        told = self._get(self.config_init, "trainer")
+        told = self.config_init[self.subcommand].trainer
         if told.accelerator == "auto" and MPSAccelerator.is_available():
             say("trainer.accelerator: cpu, because MPS has no float64, which exact sums need")
             kwargs["accelerator"] = "cpu"
@@ -175,16 +186,10 @@ class AlignCLI(LightningCLI):
             callbacks.append(HFExport(out / "model", run=out, which=config.export))
         if self.subcommand == "predict":
             callbacks.append(PredictionsFile(out / "completions.jsonl"))
-        self.trainer_defaults["callbacks"] = callbacks
+        self.trainer_defaults["callbacks"] = [*callbacks, *self.checkpoints()]
         plugins = _list(told.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        if (
-            config.get("ckpt_path")
-            and self.subcommand == "fit"
-            and (line := go_on(out, [] if isinstance(told.logger, bool) else _list(told.logger)))
-        ):
-            say(line)
         if told.logger is not False:
             kwargs["logger"] = [*_list(None if told.logger is True else told.logger), MetricsCSV(out)]
         trainer = super().instantiate_trainer(**kwargs)
@@ -192,16 +197,16 @@ class AlignCLI(LightningCLI):
         check_elsewhere(trainer, out, before.read_text() if config.get("ckpt_path") and before.exists() else "")
         return trainer
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Drop our checkpoint callback if `enable_checkpointing` is false; Lightning would raise."""
-        if config["enable_checkpointing"] is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, RunCheckpoint)]
-        return super()._instantiate_trainer(config, callbacks)
+    def checkpoints(self) -> list[Callback]:
+        """Return the checkpoint callback of the run; an empty list if `enable_checkpointing` is false."""
+        built = self.config_init[self.subcommand]
+        return [] if built.trainer.enable_checkpointing is False else [built.checkpoint]
 
 
 class DoctorCLI(AlignCLI):
     """Instantiate what `fit` would, write nothing, and examine it."""
 
+    writes = False
     reload: bool | None = None
     unset: tuple[Finding, ...] = ()
 
@@ -214,6 +219,7 @@ class DoctorCLI(AlignCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build a Trainer without the loggers and callbacks of a run."""
         self.save_config_callback = None
+        self.trainer_defaults["callbacks"] = self.checkpoints()
         return LightningCLI.instantiate_trainer(self, logger=False)
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -20,16 +20,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from lit_align.accelerate import KERNELS, accelerate
 from lit_align.models.experts import route_without_noise
 from lit_align.models.held import copied, held_model, set_dropout
 from lit_align.models.intact import check_files, check_fit, check_values, read_json
 from lit_align.models.lora import add_lora, same_adapters
 from lit_align.models.network import Network
-from lit_align.models.rms_norm import normalize_in_few_passes
-from lit_align.models.rotary import turn_without_copies
 from lit_align.models.start import find_folded, fold, go_on, with_new_tokens
 from lit_align.models.tokens import add_tokens, grow
-from lit_align.models.tree_attention import attend_by_tree
 from lit_align.models.trees import compile_for_trees
 from lit_align.utils import limits
 from lit_align.utils.model_folder import adapter_base, find_model, is_adapter
@@ -156,10 +154,9 @@ def _load(network: Network, auto_class: Any, **config_options: Any) -> tuple[Pre
     if folded is not None:
         model, missing = fold(model, folded, missing, trusted=network.adapter is not None)
     choose_experts(model)
-    if network.attention is None:
-        attend_by_tree(model)
-    turn_without_copies(model)
-    normalize_in_few_passes(model)
+    kernels = KERNELS if network.kernels is None else network.kernels
+    # Attention that was chosen by name is what is used.
+    accelerate(model, [name for name in kernels if name != "tree_attention" or network.attention is None])
     # from_pretrained returns a model in eval mode, and Lightning leaves it there: dropout off for the whole run.
     model.train()
     if network.dropout is not None:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lit_align.accelerate import KERNELS, Kernel
 from lit_align.utils.model_folder import find_model, is_adapter
 
 Head = Literal["own", "torch", "liger"]
@@ -113,6 +114,8 @@ class Network:
         activation_checkpointing: recompute activations in backward to save memory.
         compile: run packed batches through torch.compile, with dynamic shapes and a dense mask; sampling is as it was.
             A CPU needs a C++ compiler for it. What it gains was not measured.
+        kernels: of `lit_align.accelerate`, those that this model uses on a CPU, each where a probe finds that it
+            computes the same; null for all, [] for the model as transformers runs it.
         head: what computes a language model's log-probabilities where its logits are too many to be held; where they
             are few, they are held. own: lit_align's pass, which makes them again in backward. torch: its
             `linear_cross_entropy`, of torch 2.13 and computing in fp32: less memory, and on a CPU more time. liger:
@@ -135,6 +138,7 @@ class Network:
     attention: Literal["sdpa", "eager", "flex_attention"] | None = None
     activation_checkpointing: bool = False
     compile: bool = False
+    kernels: list[Kernel] | None = None
     head: Head = "own"
     router_loss: float | None = None
     trust_remote_code: bool = False
@@ -144,6 +148,8 @@ class Network:
     new_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if wrong := [name for name in self.kernels or () if name not in KERNELS]:
+            raise ValueError(f"network.kernels: {wrong[0]!r} is none of {', '.join(KERNELS)}")
         if self.router_loss is not None and not (0 <= self.router_loss < float("inf")):
             raise ValueError(f"network.router_loss must be 0 or more, got {self.router_loss}")
         # From Python, a model or a Path; the folder of a run stands for the model in it.

@@ -12,11 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from lit_align.accelerate.tree_attention import NAME
 from lit_align.models.adapters import CONFIG, WEIGHTS
 from lit_align.models.export import export
 from lit_align.models.load import _quiet, choose_experts
 from lit_align.models.lora import peft_warnings_off, without_dropout
-from lit_align.models.tree_attention import NAME
 
 
 def check_export(

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lit_align.accelerate import kernels_of
+from lit_align.accelerate.last_layer import only_read
+from lit_align.accelerate.tree_attention import attends_by_tree, tree_blocks
 from lit_align.functional.attention import tree_mask, tree_rule
 from lit_align.functional.gather_rows import read_rows
 from lit_align.functional.packing import pack, unpack
-from lit_align.models.last_layer import only_read
-from lit_align.models.tree_attention import attends_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
 
 Read = Literal["source_S", "last_Q"]
@@ -176,7 +177,8 @@ class TreeModel(nn.Module):
         self.by_tree = by_tree and _takes_trees(self.backbone, by_tree=True)
         self.packs = self.by_tree or _takes_trees(self.backbone)
         # Hooks that come and go would be compiled again and again.
-        self.thrifty = self.packs and not self._compiled and _takes_trees(self.backbone, self.by_tree, thrifty=True)
+        thrifty = self.packs and not self._compiled and "last_layer" in kernels_of(hf)
+        self.thrifty = thrifty and _takes_trees(self.backbone, self.by_tree, thrifty=True)
         self.pads = self.packs or _same_as_alone(self.backbone, read_states_unpacked)
         if not self.packs:
             rows = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -122,8 +123,13 @@ class OnPolicyModule(PolicyModule):
         if trainer.precision == "16-mixed":
             raise ValueError("PPO clips gradients that fp16's scaler has not unscaled: use bf16-mixed or 32-true")
         for callback in trainer.checkpoint_callbacks:
-            every = getattr(callback, "_every_n_train_steps", 0)
-            if isinstance(callback, ModelCheckpoint) and getattr(callback, "_train_time_interval", None) is not None:
+            # What Lightning's callback keeps private its key tells.
+            told = re.search(r"'every_n_train_steps': (\d+)", callback.state_key)
+            every = int(told[1]) if told else 0
+            by_time = "'train_time_interval':" in callback.state_key
+            by_time = by_time and "'train_time_interval': None" not in callback.state_key
+            # A subclass may save by time here, too, as lit_align's does.
+            if by_time and getattr(type(callback), "on_train_batch_end", None) is ModelCheckpoint.on_train_batch_end:
                 raise ValueError("train_time_interval saves nothing under manual optimization: use every_n_train_steps")
             if every and every % self.optimizer_steps_per_batch:
                 raise ValueError(
@@ -218,9 +224,9 @@ class OnPolicyModule(PolicyModule):
         if take:
             optimizer.step()
         else:
-            # What Lightning calls around a step, to count it.
-            optimizer._on_before_step()
-            optimizer._on_after_step()
+            progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+            progress.increment_ready()
+            progress.increment_completed()
         optimizer.zero_grad()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:

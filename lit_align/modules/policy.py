@@ -84,7 +84,10 @@ class PolicyModule(AlignModule):
     @property
     def datamodule(self) -> Any:
         """The Trainer's; None where there is none."""
-        return self.trainer.datamodule if self._trainer is not None else None  # type: ignore[attr-defined]
+        try:
+            return self.trainer.datamodule  # type: ignore[attr-defined]
+        except RuntimeError:  # there is no Trainer
+            return None
 
     def answer(self, batch: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
         """Sample answers to prompts; a function of the seed."""

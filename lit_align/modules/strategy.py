@@ -49,6 +49,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """As many slices as processes."""
+        # Private, because its public argument is asked for before the number of processes is known.
         self._data_parallel_size = self.num_processes * self.num_nodes
         super().setup_environment()
 
@@ -61,7 +62,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The state of an optimizer, its parameters numbered."""
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_optimizer_state_dict(self._module, optimizer, options=options)
         return _renamed(state, {name: i for i, name in enumerate(self._names(optimizer))}) if state else state

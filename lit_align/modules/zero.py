@@ -125,6 +125,7 @@ class ZeROStrategy(DDPStrategy):
                 before, and the last checkpoint.
         """
         assert self.lightning_module is not None
+        # Private, because its public caller steps the optimizer, which is the engine's work here.
         result = self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
         self.engine.step()
         if not self.engine.was_step_applied():
@@ -150,7 +151,7 @@ class ZeROStrategy(DDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gathered, on the CPU, and in the order of the weights."""
-        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         state: dict[int, dict[str, Any]] = {}
         groups = []
         for group, weights in zip(optimizer.param_groups, self._weights, strict=True):

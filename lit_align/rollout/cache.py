@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 # What a forward calls its cache: transformers from 5.24 on, before that, and recurrent models before that.
@@ -86,22 +85,3 @@ def cache_argument(model: nn.Module) -> str:
     raise ValueError(
         f"{type(model).__name__}.forward takes no cache (none of {', '.join(CACHE_ARGUMENTS)}): it cannot decode here"
     )
-
-
-def static_cache(config: PreTrainedConfig, states: Sequence[tuple[Tensor, Tensor]], columns: int) -> Any:
-    """A cache of fixed size.
-
-    Args:
-        config: of the model.
-        states: keys and values of each layer to begin with, shape (B, heads, T, head size).
-        columns: how many tokens there is room for, those T among them.
-    """
-    cache: Any = StaticCache(config, max_cache_len=columns)
-    for layer, (keys, values) in zip(cache.layers, states, strict=True):
-        layer.lazy_initialization(keys, values)
-        # transformers makes room in the precision of the keys for both.
-        layer.values = layer.values.to(values.dtype)
-        layer.keys[:, :, : keys.shape[2]] = keys
-        layer.values[:, :, : values.shape[2]] = values
-        layer.cumulative_length.fill_(keys.shape[2])
-    return cache

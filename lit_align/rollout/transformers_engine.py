@@ -11,7 +11,6 @@ from torch import Tensor
 from lit_align.models.language import LanguageModel
 from lit_align.rollout.decoding import Decoding, RecomputedDecoding, decoding_of
 from lit_align.rollout.engine import Sampling
-from lit_align.rollout.static_decoding import StaticDecoding, decodes_statically
 from lit_align.types import Completion
 
 
@@ -19,14 +18,7 @@ class TransformersEngine:
     """Decodes batches of prompts of similar length with a key-value cache.
 
     A prompt is computed once for all its samples, and a sequence that has stopped leaves the batch.
-
-    Args:
-        static: decode with a cache of fixed size and, on a GPU, a step captured as a CUDA graph, where the model's
-            layers allow it. Not yet run on a GPU, and off until it was.
     """
-
-    def __init__(self, static: bool = False) -> None:
-        self.static = static
 
     @torch.no_grad()
     def __call__(
@@ -56,8 +48,7 @@ class TransformersEngine:
         if policy.switch is not None and longest > policy.switch:
             # The keys in a cache were turned by the frequencies of shorter sequences.
             return RecomputedDecoding
-        kind = decoding_of(policy)
-        return StaticDecoding if kind is Decoding and self.static and decodes_statically(policy) else kind
+        return decoding_of(policy)
 
 
 def _batches(by_length: list[int], prompts: Sequence[Tensor], size: int, pads: bool) -> Iterator[list[int]]:

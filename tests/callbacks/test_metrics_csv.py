@@ -11,9 +11,9 @@ import torch
 from lit_align.callbacks import MetricsCSV
 
 
-def write(folder: Path, *rows: dict[str, float], every: int = 1) -> MetricsCSV:
+def write(folder: Path, *rows: dict[str, float]) -> MetricsCSV:
     """Log rows as a run does: a step each, and `epoch` beside."""
-    logger = MetricsCSV(folder, flush_logs_every_n_steps=every)
+    logger = MetricsCSV(folder)
     for row in rows:
         logger.log_metrics({"epoch": 0.0, **{k: v for k, v in row.items() if k != "step"}}, int(row["step"]))
     logger.save()
@@ -69,7 +69,7 @@ def test_a_resumed_run_that_logs_nothing_loses_nothing(tmp_path: Path) -> None:
     write(tmp_path, {"step": 0, "a": 1.0})
     before = (tmp_path / "metrics.csv").read_bytes()
     MetricsCSV(tmp_path).save()
-    MetricsCSV(tmp_path).experiment.save()
+    MetricsCSV(tmp_path).finalize("success")
     assert (tmp_path / "metrics.csv").read_bytes() == before
 
 

@@ -12,12 +12,12 @@ from support.tiny import ARCHITECTURES, VOCABULARY, norms_in_float64, tiny_confi
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import lit_align.accelerate.tree_attention
 import lit_align.models.language
-import lit_align.models.tree_attention
+from lit_align.accelerate.tree_attention import put_on_tree_attention, tree_blocks
 from lit_align.functional.head import linear_logprobs
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, ScalarModel, load_causal_lm, load_scorer
-from lit_align.models.tree_attention import attend_by_tree, tree_blocks
 from lit_align.types import Example, PackedBatch, Segment
 
 LENGTHS = [(5, 3, 7, 2), (9, 1, 2, 4), (3, 8, 8, 1), (12, 4, 4, 6)]
@@ -52,7 +52,7 @@ def model_of(config: AutoConfig, by_tree: bool = False) -> PreTrainedModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
     if by_tree:
-        attend_by_tree(model)
+        put_on_tree_attention(model)
     return model
 
 
@@ -63,7 +63,7 @@ def test_every_layout_scores_as_alone(
     architecture: str, layout: dict, together: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     by_tree = together is not None
-    monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", together)
+    monkeypatch.setattr(lit_align.accelerate.tree_attention, "TOGETHER", together)
     model = model_of(tiny_config(architecture), by_tree)
     with norms_in_float64():
         language = LanguageModel(model)
@@ -78,7 +78,7 @@ def test_attention_by_tree_has_the_gradient_of_the_mask(architecture: str, monke
     batch = pack([*examples(), Example(Segment([5, 6, 7], [False, True, True]))], row_tokens=50)
     gradients = []
     for by_tree, together in ((False, 0), (True, 0), (True, 40)):
-        monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", together)
+        monkeypatch.setattr(lit_align.accelerate.tree_attention, "TOGETHER", together)
         model = model_of(tiny_config(architecture), by_tree)
         with norms_in_float64():
             scored = LanguageModel(model)(batch)
@@ -114,7 +114,7 @@ def test_a_model_that_attends_by_tree_takes_the_mask_as_well() -> None:
 
 # Kills: trees lost, joined above the limit, or not joined below it; a group of chains taken for one chain.
 def test_small_trees_share_a_block_and_large_ones_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lit_align.models.tree_attention, "TOGETHER", 10)
+    monkeypatch.setattr(lit_align.accelerate.tree_attention, "TOGETHER", 10)
     chains = [Example(Segment([5] * n, [False] * n)) for n in (4, 6, 1, 20, 3, 8)]
     chains.append(Example(Segment([5] * 12, [False] * 12), [Segment([5] * 9, [True] * 9)]))  # one branch is none
     batch = pack([*chains, examples()[0]], row_tokens=100)

@@ -13,10 +13,10 @@ from support.tiny import ARCHITECTURES, norms_in_float64, tiny_folder
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from lit_align.accelerate import accelerate
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Lora, Network, load_causal_lm, load_scorer
 from lit_align.models.lora import adapters_off
-from lit_align.models.rms_norm import normalize_in_few_passes
 from lit_align.models.roles import CONFIG, WEIGHTS, ScalarAdapter, save_adapter, trained_apart
 from lit_align.models.scalar import ScalarModel
 from lit_align.types import Example, PackedBatch, Segment
@@ -136,7 +136,7 @@ def test_activations_computed_again_have_the_adapters_of_the_first_time(llama: s
 def test_peft_loads_the_adapter_of_a_reward_model(llama: str, tmp_path: Path) -> None:
     reward = trained_reward(llama, tmp_path / "reward").eval()
     model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=1, dtype=torch.float64)
-    normalize_in_few_passes(model)  # transformers' norms round to fp32
+    accelerate(model)  # transformers' norms round to fp32
     loaded = PeftModel.from_pretrained(model, tmp_path / "reward").eval()
     ids = torch.arange(10, 20)[None]
     with torch.no_grad():

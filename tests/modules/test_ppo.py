@@ -94,10 +94,9 @@ def test_the_ratio_of_the_first_pass_is_one(place: Path, samples: int, advantage
     assert not torch.equal(later, torch.ones_like(later))
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_what_was_sampled_is_what_is_trained(place: Path, static: bool) -> None:
+def test_what_was_sampled_is_what_is_trained(place: Path) -> None:
     sampling = Sampling(6, samples=3, temperature=0.7, top_p=0.9)
-    ppo = module(place, sampling=sampling, engine=TransformersEngine(static))
+    ppo = module(place, sampling=sampling, engine=TransformersEngine())
     metrics = fit(ppo, data(place)).callback_metrics
     assert metrics["ppo/drift_ratio"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["ppo/drift_outside"] == 0.0

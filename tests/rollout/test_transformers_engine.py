@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +11,10 @@ from support.tiny import ARCHITECTURES, norms_in_float64, tiny_folder
 from lit_align.functional.packing import pack
 from lit_align.models import LanguageModel, Network, load_causal_lm
 from lit_align.rollout import Sampling, TransformersEngine
-from lit_align.rollout.static_decoding import decodes_statically
 from lit_align.types import Completion, Example, Segment
 
 PROMPTS = [torch.tensor(ids) for ids in ([1, 40, 41], [1, 50, 51, 52, 53, 54, 55], [1, 60], [1, 70, 71, 72])]
 ENGINE = TransformersEngine()
-STATIC = TransformersEngine(static=True)
 
 
 def policy(tmp_path: Path, architecture: str = "llama", **changes: object) -> LanguageModel:
@@ -100,60 +97,17 @@ def test_what_was_drawn_is_scored_the_same(architecture: str, samples: int, tmp_
     model = LanguageModel(load_causal_lm(Network(folder, dtype="float64")))
     sampling = Sampling(40, temperature=0.8, top_p=0.9, samples=samples, batch_size=3)
     with norms_in_float64():
-        for engine in (ENGINE, STATIC):
-            answers = engine(model, PROMPTS, sampling, list(range(0, 263, 9)), seed=0)
-            lengths = {len(answer.tokens) for given in answers for answer in given}
-            assert len(lengths) > 2
-            for prompt, given in zip(PROMPTS, answers, strict=True):
-                for answer in given:
-                    trunk = Segment(prompt.tolist(), [False] * len(prompt))
-                    batch = pack([Example(trunk, [Segment(answer.tokens, [True] * len(answer.tokens))])])
-                    with torch.no_grad():
-                        alone = model(batch, sampling.temperature, sampling.top_p).logps_S
-                    assert answer.logps is not None
-                    assert torch.allclose(torch.tensor(answer.logps, dtype=torch.float64), alone, atol=1e-10)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_static_answers_are_the_same(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_align.rollout.static_decoding.LOOK", 2)
-    model = policy(tmp_path, architecture)
-    sampling = Sampling(20, temperature=0.0, samples=2)
-    first, second, *_ = ENGINE(model, PROMPTS, sampling, [], seed=0)
-    stops = [first[0].tokens[2], second[0].tokens[7]]
-    expected = ENGINE(model, PROMPTS * 3, sampling, stops, seed=0)
-    assert len({len(answer.tokens) for given in expected for answer in given}) > 1
-    assert STATIC(model, PROMPTS * 3, sampling, stops, seed=0) == expected
-
-
-def test_a_static_step_can_be_captured_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No branch on data, no look at a value and no new shape: the compiler finds one graph, and never a second."""
-    graphs = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list) -> torch.fx.GraphModule:
-        graphs.append(graph)
-        return graph
-
-    def compiled(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        return torch.compile(step, backend=keep, fullgraph=True, dynamic=False)
-
-    model, sampling = policy(tmp_path), Sampling(12, samples=2)
-    expected = STATIC(model, PROMPTS, sampling, [], seed=0)
-    monkeypatch.setattr("lit_align.rollout.static_decoding.captured", compiled)
-    answers = STATIC(model, PROMPTS, sampling, [], seed=0)
-    assert [[answer.tokens for answer in given] for given in answers] == [
-        [answer.tokens for answer in given] for given in expected
-    ]
-    assert len(graphs) == 1
-
-
-def test_static_is_not_for_sliding_windows(tmp_path: Path) -> None:
-    assert decodes_statically(policy(tmp_path / "full"))
-    config = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "use_sliding_window": True}
-    sliding = policy(tmp_path / "sliding", "qwen3", **config)
-    assert not decodes_statically(sliding)
-    sampling = Sampling(8, temperature=0.0)
-    assert STATIC(sliding, PROMPTS, sampling, [], 0) == ENGINE(sliding, PROMPTS, sampling, [], 0)
+        answers = ENGINE(model, PROMPTS, sampling, list(range(0, 263, 9)), seed=0)
+        lengths = {len(answer.tokens) for given in answers for answer in given}
+        assert len(lengths) > 2
+        for prompt, given in zip(PROMPTS, answers, strict=True):
+            for answer in given:
+                trunk = Segment(prompt.tolist(), [False] * len(prompt))
+                batch = pack([Example(trunk, [Segment(answer.tokens, [True] * len(answer.tokens))])])
+                with torch.no_grad():
+                    alone = model(batch, sampling.temperature, sampling.top_p).logps_S
+                assert answer.logps is not None
+                assert torch.allclose(torch.tensor(answer.logps, dtype=torch.float64), alone, atol=1e-10)
 
 
 def test_greedy_answers_were_not_drawn(tmp_path: Path) -> None:
@@ -163,12 +117,9 @@ def test_greedy_answers_were_not_drawn(tmp_path: Path) -> None:
 
 # Kills: not looked at; only where tokens are drawn.
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("engine", [ENGINE, STATIC], ids=["dynamic", "static"])
-def test_probabilities_that_are_not_finite_are_named(
-    engine: TransformersEngine, temperature: float, tmp_path: Path
-) -> None:
+def test_probabilities_that_are_not_finite_are_named(temperature: float, tmp_path: Path) -> None:
     model = policy(tmp_path)
     with torch.no_grad():
         model.hf.base_model.embed_tokens.weight[60] = torch.nan  # of the third prompt
     with pytest.raises(ValueError, match="probabilities are not finite in 2 of 8 answers"):
-        engine(model, PROMPTS, Sampling(4, temperature=temperature, samples=2), [2], seed=0)
+        ENGINE(model, PROMPTS, Sampling(4, temperature=temperature, samples=2), [2], seed=0)

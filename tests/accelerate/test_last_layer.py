@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from lit_align.accelerate import tree_attention
+from lit_align.accelerate.last_layer import PER_TOKEN, last_layer
+from lit_align.accelerate.tree_attention import TreeBlocks, put_on_tree_attention
 from lit_align.functional.packing import pack
-from lit_align.models import LanguageModel, ScalarModel, tree_attention
-from lit_align.models.last_layer import PER_TOKEN, last_layer
-from lit_align.models.tree_attention import TreeBlocks, attend_by_tree
+from lit_align.models import LanguageModel, ScalarModel
 from lit_align.types import Example, PackedBatch, Segment
 
 
@@ -45,7 +46,7 @@ def test_states_and_gradients_are_those_of_the_whole_layer(architecture: str, by
     config.num_labels = 1
     hfs.append(AutoModelForSequenceClassification.from_config(config, dtype=torch.float64))
     for hf in hfs if by_tree else []:
-        attend_by_tree(hf)
+        put_on_tree_attention(hf)
     with norms_in_float64():
         for model in (LanguageModel(hfs[0]).eval(), ScalarModel(hfs[1]).eval()):
             assert model.thrifty
@@ -90,7 +91,7 @@ def test_only_what_is_read_attends_in_the_last_layer(
     trees = [Example(segment(30), [segment(120, scored) for _ in range(branches)]) for _ in range(2)]
     packed = pack([trees[0], Example(segment(150)), trees[1]], row_tokens=700)
     hf = AutoModelForCausalLM.from_config(tiny_config("llama", max_position_embeddings=700), dtype=torch.float64)
-    attend_by_tree(hf)
+    put_on_tree_attention(hf)
     language = LanguageModel(hf).eval()
     assert language.by_tree
     seen: list[int] = []
@@ -118,7 +119,7 @@ def test_only_what_is_read_attends_in_the_last_layer(
 @pytest.mark.parametrize("thrifty", [True, False])
 def test_nothing_is_read(thrifty: bool) -> None:
     hf = AutoModelForCausalLM.from_config(tiny_config("llama"))
-    attend_by_tree(hf)
+    put_on_tree_attention(hf)
     language = LanguageModel(hf)
     language.thrifty = thrifty
     assert language(pack([Example(Segment([5, 6, 7], [False] * 3))])).logps_S.shape == (0,)

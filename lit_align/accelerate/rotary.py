@@ -9,19 +9,19 @@ Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Emb
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
 NAME = "apply_rotary_pos_emb"  # of transformers' modeling files
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn pairs of numbers, one in each half of a head, by the angles of their positions.
 
     Args:
@@ -33,25 +33,25 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         Like `x`.
     """
     if not torch.is_grad_enabled():
-        return _turn(x, cos, sin)
-    turned: Tensor = _Turn.apply(x, cos, sin)
+        return _rotate(x, cos, sin)
+    turned: Tensor = _Rotate.apply(x, cos, sin)
     return turned
 
 
-class _Turn(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
+        return _rotate(grad, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     turned, half = x * cos, x.shape[-1] // 2
     sin = sin[..., :half]
     turned[..., :half].addcmul_(x[..., half:], sin, value=-1)
@@ -59,12 +59,44 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned
 
 
-def turn_without_copies(model: PreTrainedModel) -> None:
-    """Let the attention layers of a model's modeling file use `turn` on a CPU, if theirs does the same."""
-    for name in {type(module).__module__ for module in model.modules()}:
-        theirs = getattr(sys.modules[name], NAME, None)
-        if name.startswith("transformers.") and theirs is not None and not hasattr(theirs, "theirs") and _same(theirs):
-            setattr(sys.modules[name], NAME, _instead_of(theirs))
+def put_on_rotary(model: nn.Module) -> None:
+    """Put `rotate` on the attention layers of this model, each if the function that its class calls does the same."""
+    for module in model.modules():
+        if "forward" not in vars(module) and forward_with_rotation(type(module)) is not None:
+            # A deep copy of the model binds it to the copy, and so does pickle; a bound method is not found again.
+            module.forward = partial(_forward, module)
+
+
+def put_off_rotary(model: nn.Module) -> None:
+    """Undo `put_on_rotary`."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _forward:
+            del module.forward
+
+
+def _forward(self: Any, *args: Any, **options: Any) -> Any:
+    forward: Any = forward_with_rotation(type(self))
+    return forward(self, *args, **options)
+
+
+@cache
+def forward_with_rotation(kind: Any) -> Callable[..., Any] | None:
+    """Copy the forward of a class of transformers, with `rotate` for its rotary function; None if there is none alike.
+
+    The copy differs in the names that it sees, and its class and its file stay as they are.
+    """
+    forward: Any = kind.forward
+    code, seen = getattr(forward, "__code__", None), getattr(forward, "__globals__", {})
+    theirs = seen.get(NAME)
+    if not kind.__module__.startswith("transformers.") or code is None or NAME not in code.co_names or theirs is None:
+        return None
+    if not _same(theirs):
+        return None
+    names = {**seen, NAME: _instead_of(theirs)}
+    copied = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
 
 
 def _instead_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,9 +105,8 @@ def _instead_of(theirs: Callable[..., Any]) -> Callable[..., Any]:
         if q.device.type != "cpu" or not alike or torch.compiler.is_compiling():
             return theirs(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return turn(q, cos, sin), turn(k, cos, sin)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
-    turned.theirs = theirs  # type: ignore[attr-defined]
     return turned
 
 

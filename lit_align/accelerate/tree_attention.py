@@ -137,12 +137,18 @@ def tree_attention(
     return output.new_zeros(1, query.shape[2], *output.shape[2:]).index_copy(1, blocks.read, output), None
 
 
-def attend_by_tree(model: PreTrainedModel) -> None:
+def put_on_tree_attention(model: PreTrainedModel) -> None:
     """Let a model that would use torch's attention use this."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, tree_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
+
+
+def put_off_tree_attention(model: PreTrainedModel) -> None:
+    """Undo `put_on_tree_attention`."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
 
 
 def attends_by_tree(backbone: PreTrainedModel) -> bool:

@@ -65,7 +65,7 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def normalize_in_few_passes(model: nn.Module) -> None:
+def put_on_norm(model: nn.Module) -> None:
     """Let the normalisation layers of this model use `rms_norm` on a CPU, each if its own forward does the same.
 
     The layers' class stays as it is, and so does every other model: instances of one class may differ (Gemma 4 has
@@ -81,6 +81,14 @@ def normalize_in_few_passes(model: nn.Module) -> None:
             if alike[kind]:
                 # A deep copy of the model binds it to the copy, and so does pickle; a bound method is not found again.
                 module.forward = partial(_forward, module)
+
+
+def put_off_norm(model: nn.Module) -> None:
+    """Undo `put_on_norm`."""
+    for module in model.modules():
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _forward:
+            del module.forward
 
 
 def _eps(module: nn.Module) -> Any:

@@ -10,7 +10,7 @@ from support.tiny import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lit_align.models.rms_norm import normalize_in_few_passes, rms_norm
+from lit_align.accelerate.norm import put_on_norm, rms_norm
 
 
 def norms(name: str) -> tuple[Any, type]:
@@ -54,7 +54,7 @@ def test_one_of_both_may_be_frozen(frozen: int) -> None:
 def test_values_are_those_of_transformers(name: str) -> None:
     model, kind = norms(name)
     theirs = kind.forward  # type: ignore[attr-defined]
-    normalize_in_few_passes(model)
+    put_on_norm(model)
     layer = layer_of(model, kind)
     assert has_kernel(layer)
     for attribute in ("variance_epsilon", "eps"):
@@ -76,14 +76,14 @@ def test_a_layer_that_adds_eps_elsewhere_is_left_alone() -> None:
             return self.weight * x / (x.square().mean(-1, keepdim=True).sqrt() + self.eps)
 
     layer = OtherRMSNorm()
-    normalize_in_few_passes(torch.nn.Sequential(layer))
+    put_on_norm(torch.nn.Sequential(layer))
     assert not has_kernel(layer)
 
 
 # Kills: a layer that adds 1 to its weights, taken for one that does not.
 def test_others_are_left_alone() -> None:
     model, kind = norms("gemma2")
-    normalize_in_few_passes(model)
+    put_on_norm(model)
     assert not has_kernel(layer_of(model, kind))
 
 
@@ -104,7 +104,7 @@ def test_each_instance_is_looked_at_and_no_class_is_changed() -> None:
     layers = torch.nn.Sequential(SomeRMSNorm(True), SomeRMSNorm(False))
     x = torch.randn(2, 8)
     expected = layers(x)
-    normalize_in_few_passes(layers)
+    put_on_norm(layers)
     assert SomeRMSNorm.forward is theirs
     assert [has_kernel(layer) for layer in layers] == [True, False]
     torch.testing.assert_close(layers(x), expected, rtol=1e-6, atol=1e-6)
@@ -113,7 +113,7 @@ def test_each_instance_is_looked_at_and_no_class_is_changed() -> None:
 # Kills: a copy (a reference, say) that computes with the weights of its original.
 def test_a_copy_computes_with_its_own_weights() -> None:
     model, kind = norms("llama")
-    normalize_in_few_passes(model)
+    put_on_norm(model)
     twin = layer_of(copy.deepcopy(model), kind)
     assert has_kernel(twin)
     twin.weight.data = torch.full_like(twin.weight, 3.0)
@@ -124,7 +124,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
 # Kills: a bound method, which pickle looks for by its name and does not find.
 def test_a_model_can_be_pickled() -> None:
     model, kind = norms("llama")
-    normalize_in_few_passes(model)
+    put_on_norm(model)
     twin = layer_of(pickle.loads(pickle.dumps(model)), kind)
     twin.weight.data = torch.full_like(twin.weight, 3.0)
     x = torch.randn(2, len(twin.weight))
@@ -138,13 +138,13 @@ def test_it_is_put_there_once_wherever_models_are_made() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            normalize_in_few_passes(model.to("meta"))
+            put_on_norm(model.to("meta"))
     finally:
         torch.set_default_dtype(before)
     layer = layer_of(model, kind)
     ours = layer.forward
     assert has_kernel(layer)
-    normalize_in_few_passes(model)
+    put_on_norm(model)
     assert layer.forward is ours
 
 
@@ -152,7 +152,7 @@ def test_it_is_put_there_once_wherever_models_are_made() -> None:
 def test_other_precisions_are_left_to_transformers() -> None:
     model, kind = norms("llama")
     theirs = kind.forward  # type: ignore[attr-defined]
-    normalize_in_few_passes(model)
+    put_on_norm(model)
     layer = layer_of(model, kind)
     x = torch.randn(2, 3, len(layer.weight))
     torch.testing.assert_close(layer(x.bfloat16()), theirs(layer, x.bfloat16()), rtol=0, atol=0)
