@@ -62,7 +62,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def put_on_rotary(model: nn.Module) -> None:
     """Put `rotate` on the attention layers of this model, each if the function that its class calls does the same."""
     for module in model.modules():
-        if "forward" not in vars(module) and forward_with_rotation(type(module)) is not None:
+        kind: Any = type(module)
+        if "forward" not in vars(module) and forward_with_rotation(kind) is not None:
             # A deep copy of the model binds it to the copy, and so does pickle; a bound method is not found again.
             module.forward = partial(_forward, module)
 
@@ -76,7 +77,8 @@ def put_off_rotary(model: nn.Module) -> None:
 
 
 def _forward(self: Any, *args: Any, **options: Any) -> Any:
-    forward: Any = forward_with_rotation(type(self))
+    kind: Any = type(self)
+    forward: Any = forward_with_rotation(kind)
     return forward(self, *args, **options)
 
 

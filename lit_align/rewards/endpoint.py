@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
+import asyncio
 import json
+import os
 import re
-import socket
 import threading
-import urllib.error
-import urllib.request
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_align.data.source import expand
-from lit_align.rewards.patience import TryAgain, patiently, within
+from lit_align.rewards.patience import Attempts, TryAgain
 from lit_align.rewards.protocol import Reward, checked, named
 from lit_align.types import Rollout
 from lit_align.utils.display import printable
 from lit_align.utils.secret import redact_text, redacted
 
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse, ClientSession
+
+T = TypeVar("T")
 _UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -104,23 +106,40 @@ class EndpointReward(Reward):
                 request; names the prompts.
             ConnectionError: no answer, whatever the retries; names the prompts.
         """
-        url, headers = self._address()
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(self.workers, "reward")
-        try:
-            return torch.cat(
-                list(pool.map(lambda part: self._scores(part, url, headers, stop), rollout.split(self.batch_size)))
-            )
-        finally:  # after an error the requests that wait are not sent, and those under way not tried again
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return torch.cat(run_in_thread(self._all_scores(rollout.split(self.batch_size))))
 
-    def _scores(self, rollout: Rollout, url: str, headers: dict[str, str], stop: threading.Event) -> Tensor:
+    async def _all_scores(self, parts: Sequence[Rollout]) -> list[Tensor]:
+        """Ask for the scores of all parts, `workers` at a time; the first error cancels the other requests."""
+        import aiohttp  # only here: a run without this reward need not wait for the import
+
+        url, headers = self._address()
+        free = asyncio.Semaphore(self.workers)
+        timeout = aiohttp.ClientTimeout(total=self.timeout)
+        connector = aiohttp.TCPConnector(limit=self.workers, force_close=True)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+
+            async def scores(part: Rollout) -> Tensor:
+                async with free:
+                    return await self._scores(part, session, url, headers)
+
+            tasks = [asyncio.create_task(scores(part)) for part in parts]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:
+                for task in tasks:
+                    task.cancel()
+
+    async def _scores(self, rollout: Rollout, session: ClientSession, url: str, headers: dict[str, str]) -> Tensor:
         prompts = f"the prompts: {named(rollout.rows)}"
         body = json.dumps(self._asked(rollout), default=str).encode()
-        request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+        attempts = Attempts(self.title, self.retries, self.pause)
         try:
-            answer = patiently(lambda: post(request, self.timeout), self.title, self.retries, self.pause, stop)
+            while True:
+                try:
+                    answer = await post(session, url, body, {"Content-Type": "application/json", **headers})
+                    break
+                except TryAgain as problem:
+                    await asyncio.sleep(attempts.wait_after(problem))
         except TryAgain as problem:
             raise ConnectionError(f"{problem}; {prompts}") from problem
         except Refused as problem:
@@ -149,124 +168,87 @@ class Refused(Exception):
     """A status that another attempt would not change."""
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would follow a POST by a GET without its body."""
-
-    def redirect_request(self, *request: Any) -> None:
-        """Nowhere: the status becomes an error."""
-
-
 # Scores are short: what is longer is no answer, or one that never ends.
 LARGEST_ANSWER = 16 << 20
 
 
-def post(request: urllib.request.Request, timeout: float) -> bytes:
-    """One attempt: the body of the answer.
+async def post(session: ClientSession, url: str, body: bytes, headers: dict[str, str]) -> bytes:
+    """Make one attempt; returns the body of the answer.
 
     Args:
-        request: what to send.
-        timeout: seconds for all of it, whatever the server sends meanwhile: connecting, headers and body.
+        session: its total time-out is for the whole attempt, whatever the server sends meanwhile.
+        url: where to.
+        body: JSON.
+        headers: beside those of HTTP.
 
     Raises:
         TryAgain: no answer in time, a broken connection, or a status of 408, 429 or 5xx.
         Refused: another status, or an answer of more than `LARGEST_ANSWER` bytes.
     """
-    sockets = _Sockets()
+    import aiohttp
+
+    # Not `trust_env`, which would also send a password from ~/.netrc.
+    proxy = _proxy(url)
     try:
-        # A socket's own limit is on each of its silences: a server that drips would never meet it.
-        return within(timeout, lambda: _attempt(request, timeout, sockets))
-    except TimeoutError as error:
-        raise TryAgain(f"no answer within {timeout:g} s") from error
-    finally:
-        sockets.close()
-
-
-class _Sockets:
-    """The connections of one attempt, so that what still reads from them can be ended."""
-
-    def __init__(self) -> None:
-        self._open: list[socket.socket] = []
-        self._closed = False
-        self._lock = threading.Lock()
-
-    def add(self, made: socket.socket) -> None:
-        """Keep one; once they are closed, it is closed too."""
-        with self._lock:
-            self._open.append(made)
-        if self._closed:
-            self.close()
-
-    def close(self) -> None:
-        """Wake the thread that waits for the server: its read ends."""
-        with self._lock:
-            self._closed = True
-            for made in self._open:
-                with contextlib.suppress(OSError):
-                    made.shutdown(socket.SHUT_RDWR)
-            self._open.clear()
-
-    def opener(self) -> urllib.request.OpenerDirector:
-        """An opener whose connections are kept here."""
-        add = self.add
-
-        class Plain(http.client.HTTPConnection):
-            def connect(self) -> None:
-                super().connect()
-                add(self.sock)
-
-        class Secure(http.client.HTTPSConnection):
-            def connect(self) -> None:
-                super().connect()
-                add(self.sock)
-
-        class HTTP(urllib.request.HTTPHandler):
-            def http_open(self, request: urllib.request.Request) -> Any:
-                return self.do_open(Plain, request)
-
-        class HTTPS(urllib.request.HTTPSHandler):
-            def https_open(self, request: urllib.request.Request) -> Any:
-                return self.do_open(Secure, request)
-
-        return urllib.request.build_opener(_NoRedirect, HTTP, HTTPS)
-
-
-def _attempt(request: urllib.request.Request, timeout: float, sockets: _Sockets) -> bytes:
-    """See `post`; the time is for each silence of the server."""
-    try:
-        with sockets.opener().open(request, timeout=timeout) as response:
-            pieces, size = [], 0
-            while piece := response.read1(1 << 16):
-                pieces.append(piece)
-                size += len(piece)
-                if size > LARGEST_ANSWER:
-                    raise Refused(f"an answer of more than {LARGEST_ANSWER:,} bytes")
-            return b"".join(pieces)
-    except urllib.error.HTTPError as error:
-        with error:
-            said = printable(f"status {error.code} ({error.reason})")
-            if moved := error.headers.get("Location"):
+        async with session.post(url, data=body, headers=headers, proxy=proxy, allow_redirects=False) as response:
+            said = printable(f"status {response.status} ({response.reason})")
+            if response.status < 300:
+                return await _read(response)
+            if moved := response.headers.get("Location"):
                 place = redact_text(printable(moved.split("?")[0]))
-                raise Refused(f"{said}, which moves it to {place}: give that as url") from error
-            if error.code not in (408, 429) and error.code < 500:
-                raise Refused(f"{said}: {_beginning(error)!r}") from error
-            raise TryAgain(said, _seconds(error.headers.get("Retry-After"))) from error
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, TimeoutError):
-            raise error.reason from error
-        raise TryAgain(printable(error.reason)) from error
-    except TimeoutError:
-        raise
-    except (OSError, http.client.HTTPException) as error:
-        raise TryAgain(printable(f"{type(error).__name__}: {error}")) from error
+                raise Refused(f"{said}, which moves it to {place}: give that as url")
+            if response.status in (408, 429) or response.status >= 500:
+                raise TryAgain(said, _seconds(response.headers.get("Retry-After")))
+            raise Refused(f"{said}: {(await response.content.read(200)).decode(errors='replace')!r}")
+    except TimeoutError as error:
+        raise TryAgain(f"no answer within {session.timeout.total:g} s") from error
+    except aiohttp.InvalidURL as error:
+        raise Refused("no answer: it is no address") from error  # without its value, which may be secret
+    except aiohttp.ClientConnectorError as error:
+        raise TryAgain(os.strerror(error.errno) if error.errno else "no connection") from error
+    except (aiohttp.ClientError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise TryAgain(printable(f"{type(error).__name__}: {reason}")) from error
 
 
-def _beginning(error: urllib.error.HTTPError) -> str:
-    try:
-        return error.read(200).decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return ""
+async def _read(response: ClientResponse) -> bytes:
+    pieces, size = [], 0
+    async for piece in response.content.iter_chunked(1 << 16):
+        pieces.append(piece)
+        size += len(piece)
+        if size > LARGEST_ANSWER:
+            raise Refused(f"an answer of more than {LARGEST_ANSWER:,} bytes")
+    return b"".join(pieces)
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for an address."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 def _seconds(after: str | None) -> float | None:
     """What Retry-After asks for, if it is a number; it may be a date."""
     return float(after) if after is not None and after.strip().isdecimal() else None
+
+
+def run_in_thread(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in a thread of its own: the caller's may have a loop, and a signal interrupts the wait alone."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+    result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(loop.run_until_complete(task))
+        except BaseException as error:
+            result.set_exception(error)
+        finally:
+            loop.close()
+
+    threading.Thread(target=run, name="reward", daemon=True).start()
+    try:
+        return result.result()
+    finally:
+        if not result.done():
+            loop.call_soon_threadsafe(task.cancel)

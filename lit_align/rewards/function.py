@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lit_align.rewards.patience import TryAgain, patiently, within
+from lit_align.rewards.patience import Attempts, TryAgain, patiently, within
 from lit_align.rewards.protocol import Reward, checked, named
 from lit_align.types import Rollout
 
@@ -66,7 +66,7 @@ class FunctionReward(Reward):
                 raise TryAgain(f"{type(error).__name__}: {error}") from error
 
         try:
-            return checked(patiently(call, self.title, self.retries, self.pause), rollout, self.title)
+            return checked(patiently(call, Attempts(self.title, self.retries, self.pause)), rollout, self.title)
         except TryAgain as last:
             said = f"{last}; the prompts: {named(rollout.rows)}"
             problem = getattr(last.__cause__, "__cause__", None)  # what the function raised the last time

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,34 +29,48 @@ class TryAgain(Exception):
         self.after = after
 
 
-def patiently(call: Callable[[], T], what: str, retries: int, pause: float, stop: threading.Event | None = None) -> T:
-    """Call, and call again where it raises `TryAgain`.
+class Attempts:
+    """Counts attempts at one call, and says how long to wait before the next.
 
     Args:
-        call: what to do.
-        what: how messages name it.
+        what: how messages name the call.
         retries: further attempts.
         pause: seconds before the first of them; doubled each time, up to a minute.
-        stop: once set, there are no pauses and no further attempts.
+    """
+
+    def __init__(self, what: str, retries: int, pause: float) -> None:
+        self.what, self.retries, self.pause = what, retries, pause
+        self.failed = 0
+
+    def wait_after(self, problem: TryAgain) -> float:
+        """Count a failed attempt, and log that another one comes; returns seconds to wait before it.
+
+        Raises:
+            TryAgain: all attempts are spent; names their number.
+        """
+        self.failed += 1
+        if self.failed > self.retries:
+            tried = f" in {self.failed} attempts; the last" if self.failed > 1 else ""
+            raise TryAgain(f"{self.what} gave no answer{tried}: {problem}") from problem
+        wait = self.pause * 2 ** (self.failed - 1) if problem.after is None else problem.after
+        wait = min(wait, LONGEST_PAUSE)
+        said = f"{self.what}: {problem}; attempt {self.failed + 1} of {self.retries + 1} in {wait:g} s"
+        # Of every process: each asks for answers of its own, and all wait for the slowest.
+        _LOG.info(rank_prefixed_message(said, getattr(rank_zero_only, "rank", 0) or None))
+        return wait
+
+
+def patiently(call: Callable[[], T], attempts: Attempts) -> T:
+    """Call, and call again where it raises `TryAgain`.
 
     Raises:
-        TryAgain: the last one, when all attempts are spent; names their number.
+        TryAgain: see `Attempts.wait_after`.
     """
-    stop = stop or threading.Event()
-    attempt = 1
     while True:
         try:
             return call()
         except TryAgain as problem:
-            if attempt > retries or stop.is_set():
-                tried = f" in {attempt} attempts; the last" if attempt > 1 else ""
-                raise TryAgain(f"{what} gave no answer{tried}: {problem}") from problem
-            wait = pause * 2 ** (attempt - 1) if problem.after is None else problem.after
-            wait, attempt = min(wait, LONGEST_PAUSE), attempt + 1
-            said = f"{what}: {problem}; attempt {attempt} of {retries + 1} in {wait:g} s"
-            # Of every process: each asks for answers of its own, and all wait for the slowest.
-            _LOG.info(rank_prefixed_message(said, getattr(rank_zero_only, "rank", 0) or None))
-            stop.wait(wait)
+            time.sleep(attempts.wait_after(problem))
 
 
 def within(seconds: float | None, call: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -174,7 +175,11 @@ def test_what_passes_is_tried_again(server: Server, before: Answer | None) -> No
 # Kills: pauses that do not grow; Retry-After ignored.
 def test_pauses_grow_and_the_server_may_ask_for_its_own(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr(threading.Event, "wait", lambda event, seconds=None: pauses.append(seconds))
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     server.script = until(4, answer("", 500))
     EndpointReward(server.url, retries=3, pause=0.5)(ANSWERS)
     assert [pause for pause in pauses if pause in (0.5, 1.0, 2.0)] == [0.5, 1.0, 2.0]
