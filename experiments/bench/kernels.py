@@ -9,7 +9,8 @@ each of which takes the shortest of its steps, the one that other programs distu
 seed: their number is what counts. The model is the one that `experiments/smollm2` makes.
 
 `--memory` adds peak memory, each way in a process of its own whose C library gives freed memory back, and `--heap` what
-is gained by keeping it, as a run does. Writes `results/kernels-cpu.json`.
+is gained by keeping it, as a run does. Writes `results/kernels-cpu.json`, and each kernel's gains into the docstring of
+its file; `--beside` does only that.
 """
 
 from __future__ import annotations
@@ -273,6 +274,30 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join([*lines, f"| a step with all | {' | '.join(seconds)} |"])
 
 
+# Where a kernel's gains are written: the line of the file's docstring that begins with BEGIN.
+FILES = {
+    "norm": "accelerate/norm.py", "rotary": "accelerate/rotary.py", "last_layer": "accelerate/last_layer.py",
+    "tree_attention": "accelerate/tree_attention.py", "head": "functional/head.py", "cache": "rollout/cache.py",
+    "draw": "functional/sampling.py",
+}  # fmt: skip
+BEGIN = "Share of a training step that this saves (experiments/bench/kernels.py): "
+
+
+def gains(results: dict[str, dict[str, dict[str, Any]]], kernel: str) -> str:
+    """A kernel's gains by method, by processor time."""
+    found = {method: of_method[kernel] for method, of_method in results.items() if kernel in of_method}
+    return ", ".join(f"{method} {figures['cpu_gain']:.1%}" for method, figures in found.items()) or "not measured"
+
+
+def write_beside(results: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Write each kernel's gains into its file."""
+    for kernel, name in FILES.items():
+        file = HERE.parents[1] / "lit_align" / name
+        lines = file.read_text().splitlines()
+        lines = [f"{BEGIN}{gains(results, kernel)}." if line.startswith(BEGIN) else line for line in lines]
+        file.write_text("\n".join(lines) + "\n")
+
+
 def child(told: argparse.Namespace, method: str, *more: str) -> dict[str, Any]:
     """Measure in a process of its own."""
     words = [f"--model={told.model}", f"--method={method}", f"--rounds={told.rounds}", f"--steps={told.steps}"]
@@ -309,7 +334,7 @@ def write(told: argparse.Namespace, versions: dict[str, str], tokens: dict[str, 
 def main() -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a language model")
+    parser.add_argument("--model", help="folder of a language model")
     parser.add_argument("--name", default="SmolLM2-135M-Instruct", help="what the result file calls it")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--rounds", type=int, default=3)
@@ -330,7 +355,11 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--given-back", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--beside", action="store_true", help="only write what was measured beside each kernel")
     told = parser.parse_args()
+    if told.beside:
+        write_beside(json.loads((told.out / FILE).read_text())["results"])
+        return
     if told.child:
         print(json.dumps(measure(told)))
         return
@@ -346,7 +375,9 @@ def main() -> None:
             for way in ("all", *OF[method]):
                 results[method][way] |= child(told, method, f"--peak={way}", "--given-back")
         write(told, versions, tokens, results)
-    print(table(json.loads((told.out / FILE).read_text())["results"]))
+    measured = json.loads((told.out / FILE).read_text())["results"]
+    write_beside(measured)
+    print(table(measured))
 
 
 if __name__ == "__main__":

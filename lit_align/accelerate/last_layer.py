@@ -4,6 +4,8 @@ Of a pair of answers a reward model reads two states, and a policy those before 
 says of all other tokens goes nowhere. Its keys and values are needed of every token, its queries, attention, output
 projection and feed-forward network of those that are read: with six layers and two states read of six hundred, a
 seventh of the work.
+
+Share of a training step that this saves (experiments/bench/kernels.py): sft 4.5%.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 transformers writes it as separate operations, and their gradients pass over tensors of the size of the states a dozen
 times. Written out it takes a few, and of that size nothing is kept but its input.
 
+Share of a training step that this saves (experiments/bench/kernels.py): sft 7.5%.
+
 Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
 """
 

@@ -4,6 +4,8 @@ transformers turns queries and keys by way of a rotated copy of each, and the gr
 tensors, of zeros but for a half. Four products over the tensor are all that there is to do, and its gradient is the
 same turn backwards.
 
+Share of a training step that this saves (experiments/bench/kernels.py): sft 4.3%.
+
 Source: Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", equation 34.
 """
 

@@ -1,6 +1,8 @@
 """Log-probabilities and entropies straight from hidden states, without a tensor of all logits.
 
 `linear_logprobs` computes what `reference_logprobs` computes, and is what training uses. Read the reference first.
+
+Share of a training step that this saves (experiments/bench/kernels.py): sft 1.8%.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The keys and values of decoding, in room that is made ahead."""
+"""The keys and values of decoding, in room that is made ahead.
+
+Share of a training step that this saves (experiments/bench/kernels.py): not measured.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -69,3 +70,20 @@ def test_nothing_of_transformers_changes(tmp_path: Path) -> None:
 def test_an_unknown_kernel_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"network\.kernels: 'norms' is none of norm, rotary"):
         Network("x", kernels=["norms"])  # type: ignore[list-item]
+
+
+BENCH = Path(__file__).parents[2] / "experiments" / "bench"
+
+
+# Kills: a figure that was written by hand; a kernel that gains too little.
+def test_each_kernel_says_what_was_measured_and_gains_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    import kernels
+
+    results = json.loads((BENCH / "results" / kernels.FILE).read_text())["results"]
+    for kernel, name in kernels.FILES.items():
+        text = (BENCH.parents[1] / "lit_align" / name).read_text()
+        assert f"{kernels.BEGIN}{kernels.gains(results, kernel)}.\n" in text, f"{name}: run kernels.py --beside"
+    assert set(KERNELS) == set(kernels.KERNELS)
+    for kernel in KERNELS:
+        assert any(kernel in m and m[kernel]["cpu_gain"] >= kernels.LEAST for m in results.values()), kernel
