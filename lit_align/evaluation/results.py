@@ -51,7 +51,8 @@ class Result:
             FileExistsError: the folder holds a page or a result that lit_align did not write.
         """
         check_free(out)
-        told = {"lit_align": __version__, "kind": self.kind, "title": self.title, "notes": self.notes}
+        told: dict[str, Any] = {"lit_align": __version__, "kind": self.kind, "title": self.title}
+        told |= {"notes": self.notes, "tables": self.tables}
         write_whole(out / "evaluation.json", json.dumps(plain({**told, **self.figures}), indent=1) + "\n")
         for name, _, svg, _ in self.drawings:
             write_whole(out / "figures" / f"{name}.svg", _standing(svg))

@@ -104,9 +104,22 @@ def content(run: RunData) -> dict[str, Any]:
         "score": "gold reward" if run.samples and "gold" in run.samples[0] else "reward",
         "provenance": _provenance(run.manifest),
         "notes": [f"This run {run.note}." if run.curves or run.config else f"{run.note}."] if run.note else [],
-        "tables": [],
+        "tables": _evaluations(run),
         "answers": _said(run),
     }
+
+
+def _evaluations(run: RunData) -> list[dict[str, Any]]:
+    """Tables of `lit-align evaluate`, each under the title of its evaluation."""
+    return [
+        {
+            "title": f"{told.get('title', 'evaluation')}: {one.get('title', '')}",
+            "heads": [str(head) for head in one.get("heads", ())],
+            "rows": [[str(cell) for cell in row] for row in one.get("rows", ())],
+        }
+        for told in run.evaluations
+        for one in told["tables"]
+    ]
 
 
 def _said(run: RunData) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ class RunData:
         sweep: what its points differ in, and came to.
         said: answers to the prompts of a `CompletionsTable`, with the step they were given at.
         config: of a single run.
+        evaluations: results of `lit-align evaluate` in the folder or in a folder of it: title, notes, tables.
         note: what is missing of a run that has not ended; empty of one that has.
     """
 
@@ -37,6 +38,7 @@ class RunData:
     sweep: dict[str, Any] = field(default_factory=dict)
     said: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     note: str = ""
 
 
@@ -51,6 +53,8 @@ def read_run(folder: Path) -> RunData:
     limits.check_folder(folder)
     run = RunData(folder, _json(folder / "summary.json"), _json(folder / "manifest.json"))
     run.sweep = _json(folder / "sweep.json")
+    results = [folder / "evaluation.json", *sorted(folder.glob("*/evaluation.json"))]
+    run.evaluations = [told for file in results if (told := _json(file)).get("tables")]
     stages = [folder] if (folder / "metrics.csv").exists() else sorted(folder.glob("*/"), key=_age)
     for stage in stages:
         limits.check_folder(stage)
@@ -61,7 +65,7 @@ def read_run(folder: Path) -> RunData:
     run.said = _lines(folder / "said.jsonl")
     run.config = _yaml(folder / "config.yaml")
     run.note = _unfinished(run)
-    if not run.curves and not run.summary and not run.note:
+    if not run.curves and not run.summary and not run.evaluations and not run.note:
         raise ValueError(f"{folder} holds no run: expected summary.json, or metrics.csv in it or in its folders")
     return run
 

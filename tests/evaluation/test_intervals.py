@@ -33,6 +33,13 @@ def test_the_mean_weighs_observations_and_the_seed_decides() -> None:
     assert mean_interval(many, range(100)) != mean_interval(many, range(100), seed=1)
 
 
+def test_large_clusters_weigh_as_many_observations() -> None:
+    sizes = np.array([1, 9] * 50)
+    mean = mean_interval(np.repeat(np.array([1.0, 0.0] * 50), sizes), np.repeat(range(100), sizes))
+    assert mean.value == pytest.approx(0.1)
+    assert 0.05 < mean.low < 0.1 < mean.high < 0.15
+
+
 def test_a_share_without_misses_has_an_interval() -> None:
     every = mean_interval([1.0] * 20, np.repeat(range(10), 2), share=True)
     # Clopper and Pearson for 10 of 10: 0.025 ** (1 / 10).

@@ -246,3 +246,14 @@ def test_smoothing_keeps_a_constant() -> None:
     svg = curves("sft", {"train/loss": (list(map(float, range(100))), many)})
     assert svg is not None
     assert svg.count("<path") > curves("sft", {"train/loss": ([0.0, 1.0], [0.0, 1.0])}).count("<path")  # type: ignore[union-attr]
+
+
+def test_results_of_an_evaluation_are_tables_of_the_page(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / "card").mkdir()
+    table = {"title": "Accuracy", "heads": ["of pairs", "share"], "rows": [["longer wins", "0.690"], ["<b>", "1"]]}
+    (tmp_path / "card" / "evaluation.json").write_text(json.dumps({"title": "reward model x", "tables": [table]}))
+    page = write_report(tmp_path).read_text()
+    assert "reward model x: Accuracy" in page
+    assert "longer wins" in page
+    assert "&lt;b&gt;" in page
