@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
 from argparse import ArgumentError
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.accelerators import MPSAccelerator
@@ -334,8 +336,27 @@ def run_lightning(args: list[str]) -> AlignCLI | None:
         cli = _ReloadingCLI if "--reload" in args else DoctorCLI
         args = [word for word in args if word != "--reload"]
         args = ["fit", *(["-c"] if args[1:] and not args[1].startswith("-") else []), *args[1:]]
-    with claim.released(), quiet_start(), own_wandb_run(), importable(config_files(args), args):
+    with claim.released(), quiet_start(), own_wandb_run(), importable(config_files(args), args), _safe_print(args):
         return _lightning(args, cli)
+
+
+@contextlib.contextmanager
+def _safe_print(args: list[str]) -> Iterator[None]:
+    """Print the configuration of `--print_config` without secrets, and without marks that turn text around."""
+    if not any(word.startswith("--print_config") for word in args):
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        text = printed.getvalue()
+        content = yaml.safe_load(text)
+        kept = secret.redacted(content)
+        if kept != content or printable(text, lines=True) != text:  # YAML has escapes for what is no ASCII
+            text = yaml.safe_dump(kept, sort_keys=False)
+        sys.stdout.write(text)
 
 
 def _texts(args: list[str]) -> list[str]:

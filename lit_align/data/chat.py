@@ -11,6 +11,7 @@ tokenizer's end of sequence is added to every answer.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
@@ -337,7 +338,14 @@ def _load_tokenizer(name: str, trust_remote_code: bool, revision: str | None) ->
     name = find_model(name)
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError) as error:
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # a damaged config.json or tokenizer.json raises anything
+        if os.path.isdir(name):
+            said = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"data.tokenizer: the folder {name!r} cannot be read as a tokenizer: {said:.300}"
+            ) from error
         raise ValueError(
             f"data.tokenizer: {name!r} is neither a folder here nor a model of the hub that can be reached; "
             f"if an earlier stage writes it, run that first ({str(error).splitlines()[0]})"

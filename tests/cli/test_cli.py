@@ -148,6 +148,19 @@ def test_validate_test_and_predict(place: Path, parts: tuple[str, Path]) -> None
     assert manifest["parents"] == {parts[0]: model_hash(Path(parts[0]))}
 
 
+def test_the_printed_configuration_has_no_secrets_and_turns_no_text(place: Path, capsys: pytest.CaptureFixture) -> None:
+    source = "https://me:geheim@host/rows.jsonl?sig=geheim2"
+    name = "a\u202eb\u2066c"
+    args = [f"--data.init_args.train.path={source}", f"--data.init_args.cache_dir={name}"]
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(place / "sft.yaml"), *args, "--print_config"])
+    printed = capsys.readouterr().out
+    assert "geheim" not in printed
+    assert "<redacted>@host" in printed
+    assert "\u202e" not in printed
+    assert yaml.safe_load(printed)["data"]["init_args"]["cache_dir"] == name
+
+
 def test_the_printed_configuration_is_the_run(place: Path, capsys: pytest.CaptureFixture) -> None:
     args = ["-c", str(place / "sft.yaml"), "--model.optimizer.lr=0.003"]
     main(["fit", *args])

@@ -5,9 +5,10 @@ from data.chats import CHATML, TOKENIZERS, beginless, chatml, decoded, plain, sc
 from data.fuzz import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny import tiny_folder
 from transformers import AddedToken, AutoTokenizer
 
-from lit_align.data.chat import ChatEncoder
+from lit_align.data.chat import ChatEncoder, load_encoder
 from lit_align.data.rows import BadField
 from lit_align.models.scratch import bpe_tokenizer, word_tokenizer
 
@@ -321,3 +322,16 @@ def test_special_tokens_that_swallow_blanks_do_so_between_turns_too() -> None:
 
 
 MERGES = bpe_tokenizer(CORPUS, 320)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["[" * 100_000, "[1, 2]", '{"model_type": "qwen3", "hidden_size": "x"}', '{"model_type": "llama"'],
+    ids=len,
+)
+def test_a_damaged_folder_is_one_line(damaged: str, tmp_path: Path) -> None:
+    folder = Path(tiny_folder(tmp_path / "model"))
+    (folder / "config.json").write_text(damaged)
+    with pytest.raises(ValueError, match=r"data\.tokenizer: the folder .*model' cannot be read") as told:
+        load_encoder(str(folder), None, "all", "auto", False, None)
+    assert "\n" not in str(told.value)
