@@ -15,6 +15,7 @@ from lit_align.evaluation.knowledge import (
 def test_the_four_classes() -> None:
     assert category([1, 1, 1], [1, 0]) == "HighlyKnown"
     assert category([1, 0, 1], [0, 0]) == "MaybeKnown"
+    assert category([1] * 19 + [0], [1]) == "MaybeKnown"
     assert category([0, 0, 0], [0, 1]) == "WeaklyKnown"
     assert category([0, 0, 0], [0, 0]) == "Unknown"
     with pytest.raises(ValueError, match="at least one greedy answer"):
