@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-import urllib.request
 from typing import Any, NamedTuple, Protocol
 
-from lit_align.rewards.endpoint import Refused, post
-from lit_align.rewards.patience import TryAgain, patiently
+from lit_align.rewards.endpoint import Refused, post, run_in_thread
+from lit_align.rewards.patience import Attempts, TryAgain
 from lit_align.utils.secret import redact_text
 
 Messages = list[dict[str, str]]
@@ -70,10 +70,9 @@ class Endpoint:
         headers = {"Content-Type": "application/json"}
         if self.key_variable:
             headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"
-        request = urllib.request.Request(self.url, body, headers)
         title = f"the judge at {redact_text(self.url)}"
         try:
-            told = patiently(lambda: post(request, self.timeout), title, self.retries, 1.0)
+            told = run_in_thread(self._ask(body, headers, title))
         except TryAgain as problem:
             raise ConnectionError(str(problem)) from problem
         except Refused as problem:
@@ -85,6 +84,17 @@ class Endpoint:
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise ValueError(f"{title} answered {told[:80]!r}, which is no chat completion") from error
         return Answer(text if isinstance(text, str) else "", *counts)
+
+    async def _ask(self, body: bytes, headers: dict[str, str], title: str) -> bytes:
+        import aiohttp  # only here: a judge in a folder need not wait for the import
+
+        attempts = Attempts(title, self.retries, 1.0)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.timeout)) as session:
+            while True:
+                try:
+                    return await post(session, self.url, body, headers)
+                except TryAgain as problem:
+                    await asyncio.sleep(attempts.wait_after(problem))
 
 
 class Folder:
