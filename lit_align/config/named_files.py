@@ -57,7 +57,7 @@ def _is_content(text: str) -> bool:
 
 
 def check_syntax(file: Path) -> None:
-    """Refuse a file that is not a YAML mapping, or that names a pipe or a device where files are read.
+    """Refuse a file that is not a YAML mapping, names a pipe or a device as a file, or sets `weights_only: false`.
 
     Raises:
         ConfigError: names the file and the line.
@@ -74,3 +74,9 @@ def check_syntax(file: Path) -> None:
         raise ConfigError(f"{file} holds {held}, expected a mapping with the keys of a configuration")
     for line in limits.no_files(content):
         raise ConfigError(f"{file}: {line}")
+    for part in (content, *(content.get(command) for command in ("fit", "validate", "test", "predict"))):
+        if isinstance(part, dict) and part.get("weights_only") is False:
+            raise ConfigError(
+                f"{file}: weights_only: false lets a checkpoint run code, so a file cannot set it: remove the key, and "
+                "give --weights_only false on the command line if you trust the checkpoint"
+            )

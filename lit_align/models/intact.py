@@ -6,6 +6,7 @@ Each check raises a ValueError of one line, which names the file and the way out
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 AGAIN = "copy the folder again from where it comes from, or export it again"
 # The largest header that the format allows, in bytes.
 _LARGEST_HEADER = 100_000_000
+# A matrix of the configuration's sizes may have this many times the numbers that the files hold: weights in 4 bits are
+# packed, and some architectures factorise their embedding.
+SPARE = 64
 
 # Unexpected weights that change nothing, by kind: buffers that older versions saved and that are computed now.
 _BUFFERS = re.compile(
@@ -84,16 +88,34 @@ def check_files(folder: Path, weights: bool = True) -> None:
     limits.check_folder(folder)
     if not (folder / CONFIG).exists():
         return
-    read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if not weights:
         return
     if (folder / WEIGHTS).exists():
-        read_header(folder / WEIGHTS)
+        _check_size(folder, config, _numbers(read_header(folder / WEIGHTS)))
     elif (folder / INDEX).exists():
-        _check_shards(folder)
+        _check_size(folder, config, _check_shards(folder))
 
 
-def _check_shards(folder: Path) -> None:
+def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _check_size(folder: Path, config: Mapping[str, Any], numbers: int) -> None:
+    """Refuse sizes that are far beyond the weights, before a model of these sizes takes all memory."""
+    text = config.get("text_config")
+    sizes = {**config, **text} if isinstance(text, dict) else dict(config)
+    hidden, vocabulary = (sizes.get(name) for name in ("hidden_size", "vocab_size"))
+    for name, value in (("hidden_size", hidden), ("vocab_size", vocabulary)):
+        if type(value) is int and type(hidden) is int and value * min(hidden, value) > SPARE * max(numbers, 1):
+            raise ValueError(
+                f"{folder / CONFIG}: {name}: {value:,} does not fit the weights, of {numbers:,} numbers: {AGAIN}"
+            )
+
+
+def _check_shards(folder: Path) -> int:
+    """Check the files of an index; return how many numbers they hold."""
+    numbers = 0
     index = folder / INDEX
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -102,11 +124,13 @@ def _check_shards(folder: Path) -> None:
         if not (folder / shard).exists():
             raise ValueError(f"{index} names {shard}, which is not in the folder: {AGAIN}")
         there = read_header(folder / shard)
+        numbers += _numbers(there)
         if lost := sorted(name for name, place in places.items() if place == shard and name not in there):
             raise ValueError(
                 f"{folder / shard} lacks {len(lost)} of the weights that {index.name} places there, the first being "
                 f"{lost[0]}: {AGAIN}"
             )
+    return numbers
 
 
 def check_fit(name: str, model: nn.Module, info: Mapping[str, Any], scalar: bool) -> list[str]:

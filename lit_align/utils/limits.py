@@ -103,9 +103,9 @@ def load_yaml(text: str, where: object = "YAML") -> Any:
 
     Raises:
         yaml.YAMLError: the text is not YAML.
-        ValueError: more than `MAX_VALUES` values or `MAX_BYTES` bytes after aliases are expanded, nested deeper than
-            `MAX_DEPTH`, an alias inside its own anchor, or a number or date that Python cannot represent; names the
-            line.
+        ValueError: a key that is given twice, more than `MAX_VALUES` values or `MAX_BYTES` bytes after aliases are
+            expanded, nested deeper than `MAX_DEPTH`, an alias inside its own anchor, or a number or date that Python
+            cannot represent; names the line.
     """
     broken = None
     try:
@@ -131,7 +131,9 @@ def check_yaml(text: str, where: object = "YAML") -> None:
         line = event.start_mark.line + 1 if event.start_mark else 0
         anchor = getattr(event, "anchor", None)
         if isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
-            open_nodes.append(_Node(anchor, values=1))
+            keys: set[str] | None = set() if isinstance(event, yaml.MappingStartEvent) else None
+            open_nodes[-1].check_key(None, where, line)
+            open_nodes.append(_Node(anchor, values=1, keys=keys))
             if anchor:
                 known[anchor] = None
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)):
@@ -140,11 +142,13 @@ def check_yaml(text: str, where: object = "YAML") -> None:
                 known[closed.anchor] = closed
             open_nodes[-1].add(closed)
         elif isinstance(event, yaml.ScalarEvent):
+            open_nodes[-1].check_key(event.value, where, line)
             scalar = _Node(anchor, values=1, size=len(event.value))
             if anchor:
                 known[anchor] = scalar
             open_nodes[-1].add(scalar)
         elif isinstance(event, yaml.AliasEvent) and anchor in known:
+            open_nodes[-1].check_key(None, where, line)
             held = known[anchor]
             if held is None:
                 raise ValueError(f"{where}, line {line}: the alias *{anchor} is inside its own anchor")
@@ -161,10 +165,20 @@ def check_yaml(text: str, where: object = "YAML") -> None:
 class _Node:
     """Size and depth of a YAML node with its aliases expanded."""
 
-    __slots__ = ("anchor", "depth", "size", "values")
+    __slots__ = ("anchor", "children", "depth", "keys", "size", "values")
 
-    def __init__(self, anchor: str | None, values: int = 0, size: int = 0) -> None:
+    def __init__(self, anchor: str | None, values: int = 0, size: int = 0, keys: set[str] | None = None) -> None:
         self.anchor, self.values, self.size, self.depth = anchor, values, size, 0
+        self.keys, self.children = keys, 0  # of a mapping: keys and values alternate
+
+    def check_key(self, text: str | None, where: object, line: int) -> None:
+        """Count a child; refuse a key of a mapping that is there already: YAML would drop its first value."""
+        self.children += 1
+        if self.keys is None or self.children % 2 == 0 or text is None or text == "<<":
+            return
+        if text in self.keys:
+            raise ValueError(f"{where}, line {line}: the key {text!r:.80} is given twice: remove one")
+        self.keys.add(text)
 
     def add(self, inner: _Node) -> None:
         """Add a child node."""

@@ -33,7 +33,9 @@ _PLAIN_HEADERS = {"accept", "cache_control", "connection", "content_type", "host
 # Scheme words before a secret, not secret themselves.
 _SCHEMES = re.compile(r"\b(?:bearer|basic|token|digest|api-?key|key|negotiate)\b", re.IGNORECASE)
 _REFERENCE = re.compile(r"\$\{\w+\}|\$\w+")
-_USER = re.compile(r"(?P<scheme>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{0,30}://)(?P<user>[^\s/?#\"'<>]*)@", re.IGNORECASE)
+_USER = re.compile(
+    r"(?P<scheme>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{1,30}:(?P<slashes>/{1,2}))(?P<user>[^\s/?#\"'<>]*)@", re.IGNORECASE
+)
 _QUERY = re.compile(r"(?P<name>[?&;#]([\w.-]+)=)(?P<value>[^&;#\s\"']+)")
 # Schemes whose user name is only secret together with a password.
 _LOGINS = ("ssh://", "git://", "git+ssh://", "sftp://", "hdfs://")
@@ -164,14 +166,16 @@ def _literal(text: str) -> bool:
 
 def _in_text(text: str) -> str:
     def user(match: re.Match[str]) -> str:
-        login = ":" not in match["user"] and match["scheme"].lower() in _LOGINS
+        # A path object collapses the slashes of a URL to one; without a password such a text is a path.
+        plain = match["scheme"].lower() in _LOGINS or match["slashes"] == "/"
+        login = ":" not in match["user"] and plain
         return match[0] if login or not _literal(match["user"]) else f"{match['scheme']}{REDACTED}@"
 
     def query(match: re.Match[str]) -> str:
         secret = _context(match[2], "options") == "secret" or match[2].lower().startswith("x-amz-cred")
         return f"{match['name']}{REDACTED}" if secret and _literal(match["value"]) else match[0]
 
-    if "://" in text:
+    if ":/" in text:
         text = _QUERY.sub(query, _USER.sub(user, text))
     return _SHAPES.sub(REDACTED, text)
 

@@ -125,3 +125,13 @@ def test_on_a_mac_the_cpu_is_taken(
     monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     main(["fit", "-c", str(file)])
     assert "trainer.accelerator: cpu, because MPS has no float64" in capsys.readouterr().out
+
+
+# Kills: a file from elsewhere that has pickles unpacked.
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_file_cannot_ask_for_pickles(written: Any, inside: bool) -> None:
+    file = Path(written("sft")[2])
+    content = {**yaml.safe_load(file.read_text()), "weights_only": False}
+    file.write_text(yaml.safe_dump({"fit": content} if inside else content))
+    with pytest.raises(ConfigError, match="give --weights_only false on the command line"):
+        main(["fit", "-c", str(file)])

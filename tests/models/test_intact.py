@@ -271,3 +271,13 @@ def spoil_adapter(file: Path, key: str, value: float) -> None:
     weights = load_file(file)
     weights[key].view(-1)[3:5] = value
     save_file(weights, file, metadata=metadata)
+
+
+# Kills: a model of the sizes that a damaged config.json gives, which takes all memory before it is compared.
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size"])
+def test_sizes_far_beyond_the_weights(folder: Folder, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = folder()
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, name: 10**7}))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was built"))
+    refused(rf"config.json: {name}: 10,000,000 does not fit the weights", lambda: load_causal_lm(Network(str(place))))

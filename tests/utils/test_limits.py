@@ -43,6 +43,8 @@ HOSTILE = {
         "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200)),
         "nested more than 100 deep",
     ),
+    "a key twice": ("model: {a: 1, b: {c: [2]}, a: 3}", "the key 'a' is given twice: remove one"),
+    "a key twice, by lines": ("out: a\nmodel:\n  b: 1\nout: b\n", "line 4: the key 'out' is given twice"),
     "no date": ("model: 2024-13-45", "a value cannot be read"),
     "digits": ("model: " + "9" * 5000, "a value cannot be read"),
 }

@@ -61,6 +61,7 @@ PLAIN: list[dict[str, Any]] = [
     {"url": "https://host:8000/score?model=a&n=3"},
     {"url": "https://${USER}:${PASSWORD}@host/score?token=${TOKEN}"},
     {"url": "ssh://git@host/x"},
+    {"path": "C:/me@home/x", "other": "file:/me@home/x", "twice": {"a": [{"b": 1}, {"b": 2}]}},
     {"tokenizer": "Qwen/Qwen3", "eos_token": "</s>", "pad_token": "<pad>", "max_new_tokens": 5, "tokens": [1]},
     {"use_auth_token": True, "token": None, "key": "value", "author": "me", "signature_columns": ["a"]},
     {"chat_template": "{% for m in messages %}{{ m['role'] }}: {{ m.content }}@{% endfor %}"},
@@ -96,6 +97,7 @@ def test_no_shipped_configuration_holds_one() -> None:
 def test_a_line_of_a_log_holds_none() -> None:
     line = f"cannot open https://u:{KEY}@host/a?sig={KEY}: Authorization: Bearer {KEY}"
     assert KEY not in redact_text(line)
+    assert KEY not in redact_text(f"https:/u:{KEY}@h/x")  # as a path object writes it
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,8 @@ class Desk:
                     stored = connection.execute(sa.insert(LABELS).values(**row))
             except sa.exc.IntegrityError as error:
                 raise Refused(409, "a label of this name is stored already: reload the page") from error
-            self._count({**row, "number": stored.inserted_primary_key[0]})
+            (number,) = stored.inserted_primary_key or (None,)
+            self._count({**row, "number": number})
             return self._answer(name, self._next(name))
 
     def undo(self, name: str) -> dict[str, Any]:
