@@ -1,11 +1,11 @@
-"""Chat template to tokens, and which of them are scored: the one place where both are decided.
+"""Tokenise chat conversations and decide which tokens are scored. No other file does either.
 
-A conversation is tokenised segment by segment, and a segment ends where a model's turn begins or ends. Training then
-sees exactly the token sequence that generation produces (the prompt tokenised alone, the answer after it); no token can
-straddle the border, and answers to one prompt share it token by token.
+A conversation is tokenised in segments that end where a model turn begins or ends. Training then sees exactly the
+tokens that generation produces: the prompt tokenised alone, and the completion after it. No token crosses that border,
+and all completions of a prompt share its tokens.
 
-The stop token is the first special token that the chat template writes behind an answer. Where it writes none, the
-tokenizer's end of sequence is added to every answer.
+The stop token is the first special token that the chat template writes after a completion. If it writes none, the
+tokenizer's end-of-sequence token is added to every completion.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from lit_align.utils.model_folder import find_model
 
 Turns = Literal["all", "last"]
 
-# For tokenizers that come without one; behind a BOS token where the tokenizer begins text with one. The answer starts
-# with its blank, as byte-level vocabularies like it.
+# For tokenizers without a template, after a BOS token if the tokenizer adds one. A completion starts with its space, as
+# byte-level vocabularies prefer.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'].capitalize() + ': ' + message['content'] }}"
@@ -41,18 +41,17 @@ PLAIN_TEMPLATE = (
 
 
 class ChatEncoder:
-    """Turns conversations, prompts and answers into token ids.
+    """Tokenise conversations, prompts and completions.
 
     Args:
-        tokenizer: gets `chat_template`, or the plain one if it has none; export then carries it along.
+        tokenizer: its template is set to `chat_template`, or to the plain template if it has none; exports include it.
         chat_template: a Jinja template to use instead of the tokenizer's.
-        turns: score every assistant turn of a conversation or the last one only.
-        template: auto makes a prompt of plain text one user's turn, if there is a chat template other than the plain
-            one; none leaves it as text.
+        turns: score every assistant turn of a conversation, or only the last one.
+        template: auto turns a plain-text prompt into one user turn if there is a chat template other than the plain
+            one; none keeps it as text.
 
     Raises:
-        ValueError: the template does not write what is said; or no stop token: neither the template nor the tokenizer
-            says where an answer ends.
+        ValueError: the template leaves out content, or neither template nor tokenizer has a stop token.
     """
 
     def __init__(
@@ -80,30 +79,30 @@ class ChatEncoder:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the template's end of turn and of a call; last the tokenizer's end of sequence."""
+        """Tokens that end a completion: the template's end of turn and of a call, then the tokenizer's EOS."""
         stops = [self._template_stop, self._call_stop, self.tokenizer.eos_token_id]
         return list(dict.fromkeys(stop for stop in stops if stop is not None))
 
     @property
     def bos(self) -> int | None:
-        """The token that the tokenizer begins text with, if it does."""
+        """Token that the tokenizer puts before text; None if it puts none."""
         return self.tokenizer.bos_token_id if self._begins_text else None
 
     def tokens(self, text: str) -> list[int]:
-        """Token ids of a piece of text, nothing added."""
+        """Token ids of a text, without special tokens added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, text: str) -> Segment:
-        """Plain text as a document: every token scored, the stop token at its end included."""
+        """Tokenise plain text as a document: every token is scored, the final stop token included."""
         ids = self._with_bos(self._ended(self.tokens(text)))
         return Segment(ids, [False] + [True] * (len(ids) - 1))
 
     def prompt(self, prompt: str | Messages, tools: Tools | None = None) -> list[int]:
-        """Ids of a prompt: a conversation with the generation prompt after it, or text; see `Strings`.
+        """Tokenise a prompt: a conversation followed by the generation prompt, or text; see `Strings`.
 
         Raises:
-            BadField: no tokens come out, so that nothing could predict the answer's first; or the template refuses it,
-                or leaves something of it out.
+            BadField: the prompt has no tokens, so nothing could predict the first token of a completion; or the
+                template refuses the prompt or leaves part of it out.
         """
         _, prompt = self.written(prompt, tools)
         if isinstance(prompt, str):
@@ -119,16 +118,16 @@ class ChatEncoder:
     def answer(
         self, prompt: str | Messages, answer: str | Message, finished: bool = True, tools: Tools | None = None
     ) -> Segment:
-        """An answer to a prompt: all of it scored, the stop token included if it finished.
+        """Tokenise a completion: every token is scored, and the stop token too if it finished.
 
         Args:
             prompt: text, or a conversation.
-            answer: text, or a message where it holds tool calls or reasoning.
-            finished: whether it ended by itself.
-            tools: beside the conversation.
+            answer: text, or a message if it holds tool calls or reasoning.
+            finished: False for a completion that was cut at the length limit.
+            tools: tools of the conversation.
 
         Raises:
-            BadField: the template refuses the answer, or leaves something of it out.
+            BadField: the template refuses the completion or leaves part of it out.
         """
         spelled = isinstance(prompt, str) and isinstance(answer, str)
         how, prompt = self.written(prompt, tools)
@@ -152,13 +151,13 @@ class ChatEncoder:
         return Segment(ids, [True] * len(ids))
 
     def conversation(self, messages: Messages, tools: Tools | None = None) -> Segment:
-        """A conversation: assistant turns are scored (each, or the last), from their first token to the stop token.
+        """Tokenise a conversation. Assistant turns (all, or the last) are scored up to and including the stop token.
 
-        A turn that begins the conversation answers nothing and is context, as is one with `train: false`. What follows
-        the last scored turn is left out: there is nothing in it to learn.
+        An assistant turn at the very beginning is context, as is one with `train: false`. Everything after the last
+        scored turn is left out, because nothing in it is learnt.
 
         Raises:
-            BadField: no turn is scored; the template refuses the conversation or leaves something of it out.
+            BadField: no turn is scored; the template refuses the conversation or leaves part of it out.
             NotAppended: the template renders a turn differently once another follows; see `conversations`.
         """
         scored_turns = self.scored_turns(messages)
@@ -178,15 +177,15 @@ class ChatEncoder:
             context = self._continued(whole[done : len(before)], after_stop=bool(ids))
             ids += context + answer
             scored += [False] * len(context) + [True] * len(answer)
-            # What the template writes behind the stop token (a line break) is context for the next turn, not scored.
+            # Text that the template writes after the stop token (a line break) is context of the next turn.
             done = len(before) + length
-        return Segment(ids, [False, *scored[1:]])  # nothing comes before the first token to predict it
+        return Segment(ids, [False, *scored[1:]])  # no token precedes the first one to predict it
 
     def conversations(self, messages: Messages, tools: Tools | None = None) -> list[Segment]:
-        """A conversation as one sequence, or each of its turns as a sequence of its own.
+        """Tokenise a conversation as one sequence or, if needed, one sequence per scored turn.
 
-        The latter where the template renders a turn differently once another follows (Qwen3's drops the thoughts of
-        earlier turns): each turn then has before it what the model would see when it says it.
+        Separate sequences are needed if the template renders a turn differently once another follows: Qwen3's drops the
+        reasoning of earlier turns. Each sequence then holds what the model would see when it generates that turn.
 
         Raises:
             BadField: see `conversation`.
@@ -205,12 +204,12 @@ class ChatEncoder:
         return single
 
     def scored_turns(self, messages: Messages) -> list[int]:
-        """Places of the turns that are scored: of the assistant, behind another turn, each or the last.
+        """Indices of the scored turns: assistant turns after another turn, all or the last.
 
-        There are none where each is marked as context (`train: false`).
+        Empty if each of them is marked as context (`train: false`).
 
         Raises:
-            BadField: there is no turn of the assistant behind another.
+            BadField: no assistant turn follows another turn.
         """
         said = [i for i, message in enumerate(messages) if i and message["role"] == "assistant"]
         if not said:
@@ -226,16 +225,16 @@ class ChatEncoder:
             )
 
     def _turn(self, after: str, before: str) -> tuple[list[int], int]:
-        """Ids of a turn as the model should say it, and how many characters of it they stand for.
+        """Token ids of a turn as the model should generate it, and the number of characters that they cover.
 
-        That is everything up to the stop token, which is added if the template writes none.
+        The turn ends with the stop token, which is added if the template writes none.
         """
         self._check_appends(after, before)
         turn = after[len(before) :]
         if self._template_stop is None:
             said = turn.rstrip()
             return self._ended(self.tokens(said)), len(said)
-        # The last one: content that spells the stop token must not end the turn early.
+        # Take the last stop token: content that spells it must not end the turn early.
         stops = [self._spelled(token) for token in (self._template_stop, self._call_stop) if token is not None]
         said, stop, _ = max((turn.rpartition(stop) for stop in stops), key=lambda parts: len(parts[0] + parts[1]))
         if not stop:
@@ -243,19 +242,19 @@ class ChatEncoder:
         return self.tokens(said + stop), len(said + stop)
 
     def _continued(self, text: str, after_stop: bool) -> list[int]:
-        """Ids of the text between two answers, as in a prompt that holds both of them."""
+        """Token ids of the text between two completions, as in a prompt that holds both."""
         if not after_stop or self._template_stop is None:
             return self.tokens(text)
-        # Some special tokens swallow the blanks behind them, so the one before is needed to tell.
+        # Some special tokens swallow the spaces after them, so tokenise with the one before and drop it.
         return self.tokens(self._spelled(self._template_stop) + text)[1:]
 
     def _spelled(self, token: int) -> str:
         return str(self.tokenizer.convert_ids_to_tokens(token))
 
     def _find_stop(self) -> int | None:
-        """The first special token that the template writes behind an answer; None if it writes none.
+        """First special token that the template writes after a completion; None if it writes none.
 
-        Behind it, and not behind the prompt: a template may put special tokens before what is said (`<think>`).
+        Search after the completion, not after the prompt: a template may put special tokens first (`<think>`).
         """
         said = "Lorem ipsum"
         try:
@@ -271,7 +270,7 @@ class ChatEncoder:
         return next((token for token in self.tokens(whole.rpartition(said)[2]) if token in ends), None)
 
     def _find_call_stop(self) -> int | None:
-        """The token that ends a turn with a tool call, where it is another than that of other turns."""
+        """Token that ends a turn with a tool call, if it differs from that of other turns."""
         behind = self._render.after_call()
         if behind is None or self._template_stop is None or self._spelled(self._template_stop) in behind:
             return None
@@ -282,16 +281,16 @@ class ChatEncoder:
     def _ends(self) -> set[int]:
         """Special and added tokens that may end a turn."""
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        # Blank ones end nothing: some vocabularies have runs of blanks and line breaks as added tokens.
+        # Ignore blank tokens: some vocabularies have runs of spaces and line breaks as added tokens.
         return {token for token in special - {self.tokenizer.unk_token_id} if self._spelled(token).strip()}
 
     def _ended(self, ids: list[int], stop: int | None = None) -> list[int]:
-        """End with a stop token, the end of sequence unless given, and never with two: some data sets spell it out."""
+        """Append a stop token (EOS unless given) if it is not there: some data sets spell it out."""
         end = self.stop_ids[-1] if stop is None else stop
         return ids if ids[-1:] == [end] else [*ids, end]
 
     def _with_bos(self, ids: list[int]) -> list[int]:
-        """Begin with the BOS token where the tokenizer would have added one, and never with two."""
+        """Prepend the BOS token if the tokenizer would add one and it is not there."""
         bos = self.tokenizer.bos_token_id
         return [bos, *ids] if self._begins_text and ids[:1] != [bos] else ids
 
@@ -309,14 +308,13 @@ def load_encoder(
     revision: str | None,
     new_tokens: Sequence[str] = (),
 ) -> ChatEncoder:
-    """The encoder of a folder or a hub name; see `TextDataModule`.
+    """Load the encoder of a folder or a hub name; see `TextDataModule`.
 
-    `new_tokens` are special tokens that are added if the tokenizer lacks them.
-
-    `chat_template` is a name, a file or Jinja text; see `read_template`.
+    `new_tokens` are special tokens to add if the tokenizer lacks them. `chat_template` is a name, a file or Jinja text;
+    see `read_template`.
 
     Raises:
-        ValueError: no such tokenizer, or one that `ChatEncoder` refuses.
+        ValueError: the tokenizer does not exist, or `ChatEncoder` refuses it.
     """
     if isinstance(name, str):
         tokenizer = _load_tokenizer(name, trust_remote_code, revision)
@@ -353,13 +351,13 @@ def _load_tokenizer(name: str, trust_remote_code: bool, revision: str | None) ->
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The tokenizer's chat template, or the plain one if it has none."""
+    """Chat template of the tokenizer, or the plain template if it has none."""
     if tokenizer.chat_template is not None:
         return tokenizer.chat_template
     return ("{{ bos_token }}" if begins_text(tokenizer) else "") + PLAIN_TEMPLATE
 
 
 def begins_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts a BOS token before text."""
+    """True if the tokenizer puts a BOS token before text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

@@ -1,4 +1,4 @@
-"""What the three data modules share: sources, tokenising, splitting, order, batches."""
+"""Base of the three data modules: sources, tokenising, splitting, order, batches."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ from lit_align.types import Example, PackedBatch
 
 
 class TextDataModule(LightningDataModule):
-    """Base of the data modules: a subclass says what a row becomes (`encode`) and what a batch is (`collate`).
+    """Base of the data modules. A subclass tokenises a row (`encode`) and builds a batch (`collate`).
 
     Args:
-        tokenizer: hub name or folder of the model whose tokenizer to use; from Python also a tokenizer.
+        tokenizer: hub name or folder of the model whose tokenizer to use; in Python also a tokenizer object.
         train: sources to train on, mixed by their weights.
         val: sources to validate on; null to hold out `val_fraction` of the training prompts.
         test: sources of `lit-align test`; null for those of validation.
         predict: sources of `lit-align predict`; null for those of validation.
-        val_fraction: share of the prompts held out when `val` is null. No prompt is on both sides.
+        val_fraction: share of prompts held out if `val` is null. No prompt is on both sides.
         batch_size: examples per micro-batch and device.
-        val_batch_size: the same for evaluation; null for `batch_size`.
-        max_length: tokens of a sequence, prompt included; longer ones are truncated, and counted.
-        truncate: cut the beginning of the prompt, the end of the answer, or never (then it is a bad row).
+        val_batch_size: examples per batch and device in evaluation; null for `batch_size`.
+        max_length: maximum tokens of a sequence, prompt included; longer ones are truncated and counted.
+        truncate: cut the beginning of the prompt, the end of the completion, or never (a longer row is a bad row).
         chat_template: null for the tokenizer's own; or a template by name (qwen3, chatml, llama3, gemma, mistral,
             phi3, zephyr), a file, or Jinja text.
-        template: auto makes a prompt that is plain text one user's turn of a model that has a chat template; none
-            leaves it as text.
+        template: auto turns a plain-text prompt into one user turn if the model has a chat template; none keeps it as
+            text.
         turns: score all assistant turns of a conversation or the last.
-        on_bad_row: stop with an error that names file, row and field; or skip, count and report.
-        seed: of the order.
+        on_bad_row: error stops and names file, row and field; skip leaves the row out, counts it and reports.
+        seed: seed of the order of examples.
         num_workers: processes that build batches.
-        micro_batch_tokens: take a batch in as few micro-batches as hold this many tokens each, one forward and backward
-            at a time; null takes it in one. The optimizer step is the same.
-        row_tokens: room in a packed row; null for the longest example of the batch.
-        share_prefix: compute a prompt once for all its answers.
-        packing: put several examples in a row.
-        cache_dir: where tokenised data is kept; null for the cache folder of the user, "none" for no cache.
+        micro_batch_tokens: split a batch into as few micro-batches as possible of at most this many tokens, with one
+            forward and backward each; null takes the batch whole. The optimizer step is the same.
+        row_tokens: tokens in a packed row; null for the longest example of the batch.
+        share_prefix: compute a prompt once for all its completions.
+        packing: put several examples in one row.
+        cache_dir: folder of tokenised data; null for the user's cache folder, "none" for no cache.
         trust_remote_code: run tokenizer code that comes with the model.
         revision: hub revision of the tokenizer.
     """
@@ -130,28 +130,28 @@ class TextDataModule(LightningDataModule):
         self.batches_per_epoch: int | None = None  # where another data module's batches set the pace
         self.evaluated: list[str] = []  # names of the sources that the numbers in `PackedBatch.origin_E` stand for
 
-    # What a subclass says.
+    # A subclass defines these.
 
-    encoding: Mapping[str, Any] = {}  # options of its own that `encode` depends on: part of the cache's key
+    encoding: Mapping[str, Any] = {}  # further options that `encode` depends on; part of the cache key
 
     def encode(self, row: Row, tally: Tally) -> Sequence[Item]:
-        """Tokenise a row of the one schema; raise BadField where it does not fit this kind of data."""
+        """Tokenise a row of the schema; raise BadField if it does not fit this kind of data."""
         raise NotImplementedError
 
     def collate(self, items: Sequence[Item]) -> Any:
-        """A batch from items."""
+        """Build a batch from items."""
         raise NotImplementedError
 
     def usable(self, store: Store, name: str) -> np.ndarray | None:
-        """Which items of a source the module can use, true or false for each; None for all."""
+        """Mask of the items of a source that the module can use; None for all. Shape (items,), bool."""
         return None
 
     @property
     def consumer(self) -> Any:
-        """The module that takes the batches; None where it is not known."""
+        """The module that receives the batches; None if unknown."""
         return getattr(self.trainer, "lightning_module", None) or self.module
 
-    # What Lightning asks for.
+    # Lightning calls these.
 
     def prepare_data(self) -> None:
         """Tokenise every source into the cache, on one process."""
@@ -170,7 +170,7 @@ class TextDataModule(LightningDataModule):
             self._split()
 
     def _parts(self, stage: str) -> list[str]:
-        """Whose sources a stage needs: held-out examples are part of the training sources."""
+        """Parts (train, val, ...) that a stage needs. Held-out examples are part of the training sources."""
         stage = str(getattr(stage, "value", stage))  # Lightning hands over an enum that prints its class
         part = {"fit": "train", "validate": "val"}.get(stage, stage)
         val = "val" if self.sources["val"] is not None else "train"
@@ -179,47 +179,47 @@ class TextDataModule(LightningDataModule):
         return [part if self.sources[part] is not None else val]
 
     def train_dataloader(self) -> Loader:
-        """One epoch of training batches, from where training stands."""
+        """One epoch of training batches, starting at the current position."""
         examples = self.batch_size * self._world
-        # Rounded up: the last batch of an epoch is filled from the next one, and nothing is left out.
+        # Round up: the last batch of an epoch is filled from the next epoch, so no example is left out.
         batches = math.ceil(len(self._training_order()) / examples)
-        # Trainer.overfit_batches wants the same few in every epoch.
+        # Trainer.overfit_batches repeats the same batches in every epoch.
         position = None if getattr(self.trainer, "overfit_batches", 0) else self.position
         return Loader(self._train_batch, batches, self.num_workers, position)
 
     def val_dataloader(self) -> Loader | list[Loader]:
-        """Held-out examples, in order; no loader at all for a training run that holds none out."""
+        """Held-out examples in order; no loader if a training run holds none out."""
         nothing = self.sources["val"] is None and not self._held_out
         if nothing and self.trainer is not None and self.trainer.state.fn == "fit":
             return []
         return self._evaluation("val")
 
     def test_dataloader(self) -> Loader:
-        """The test sources, or the held-out examples where there are none."""
+        """The test sources; without any, those of validation."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> Loader:
-        """The sources to predict, or the held-out examples where there are none."""
+        """The predict sources; without any, those of validation."""
         return self._evaluation("predict")
 
     def every_example(self) -> Loader:
-        """This rank's share of all that training and validation may show, each example once."""
+        """This rank's share of all training and validation examples, each example once."""
         parts = [part for part in ("train", "val") if part in self._stores]
         stores = [store for part in parts for store in self._stores[part]]
         return self._evaluating(stores, _every(stores))
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches training has taken; and where its phases begin, if it has any."""
+        """Number of batches that training has taken, and the begins of its phases if it has any."""
         phases = {"phases": list(self._order.begins)} if self._order is not None and self._order.begins else {}
         return {"batches": self.position.batches, **phases}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there; refuse phases that have moved."""
+        """Restore the position; refuse phases whose begins have moved."""
         if self._order is not None:
             check_resumed(self._order, state_dict.get("phases", []))
         self.position.batches = state_dict["batches"]
 
-    # The rest.
+    # Modules, callbacks and doctor call these.
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -228,16 +228,16 @@ class TextDataModule(LightningDataModule):
 
     @property
     def bos(self) -> int | None:
-        """The token that the tokenizer begins text with, if it does."""
+        """Token that the tokenizer puts before text; None if it puts none."""
         return self._encoder().bos
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer."""
+        """Tokens that end a completion."""
         return self._encoder().stop_ids
 
     def manifest(self) -> list[dict[str, Any]]:
-        """Of each source: its name, the fingerprint of its tokenised rows, and what happened to them."""
+        """One entry per source: its name, the fingerprint of its tokenised rows, and the counts of rows."""
         return [
             {"part": part, "name": source.name, **store.described()}
             for part, stores in self._stores.items()
@@ -245,33 +245,33 @@ class TextDataModule(LightningDataModule):
         ]
 
     def training_items(self, limit: int) -> list[Item]:
-        """The first examples that training will see."""
+        """The first `limit` examples that training will see."""
         return [self.training_item(n) for n in range(min(limit, len(self._training_order())))]
 
     def training_item(self, number: int) -> Item:
-        """An example of training by its place in the order, which has no end."""
+        """Training example number `number` in the order, which never ends."""
         source, item = self._training_order()[number]
         return self._stores["train"][source][item]
 
     def longest_item(self) -> Item:
-        """The training example with the most tokens, all its answers counted."""
+        """The training example with the most tokens, all completions included."""
         sources = enumerate(self._training_order().sources)
         longest = [(s, int(items[self._lengths[s][items].argmax()])) for s, items in sources if len(items)]
         store, item = max(longest, key=lambda ref: self._lengths[ref[0]][ref[1]])
         return self._stores["train"][store][item]
 
-    answered = False  # whether answers are sampled behind what the items hold
+    answered = False  # True if completions are sampled after the items, as in PromptDataModule
 
     def longest_sequences(self) -> list[tuple[str, int, bool]]:
-        """Of each source that is set up: its name, the tokens of its longest sequence, whether answers follow it."""
+        """Per source: its name, the tokens of its longest sequence, and whether completions are sampled after it."""
         return [(name, store.longest_sequence(), self.answered) for name, store in self._named_stores()]
 
     def largest_tokens(self) -> list[tuple[str, int]]:
-        """Of each source that is set up: its name, and the largest token id in it."""
+        """Per source: its name and its largest token id."""
         return [(name, store.largest_token()) for name, store in self._named_stores()]
 
     def unusual(self, model: str) -> list[str]:
-        """Where prompts are written in two languages, here or between this stage and that of a model's folder."""
+        """Warnings about prompts written in two ways, within this stage or compared with the stage of `model`."""
         return differs_from_before(self, model)
 
     def _named_stores(self) -> list[tuple[str, Store]]:
@@ -280,21 +280,21 @@ class TextDataModule(LightningDataModule):
         return [(source.name, store) for pair in pairs for source, store in pair]
 
     def shared_prompts(self) -> int:
-        """Prompts of the `val` sources that are trained on, too."""
+        """Number of prompts of the `val` sources that are also trained on."""
         train, val = ({g for store in self._stores.get(part, []) for g in store.groups()} for part in ("train", "val"))
         return len(train & val)
 
     def stores(self, part: str) -> list[Store]:
-        """The tokenised sources of train, val, test or predict, once they are set up."""
+        """Tokenised sources of a part (train, val, test, predict) after setup."""
         return self._stores[part]
 
     def pack(self, examples: Sequence[Example]) -> PackedBatch:
-        """Lay examples out in rows, as this data module's options say."""
+        """Lay examples out in rows by the options of this data module."""
         return pack(examples, self.row_tokens, self.share_prefix, self.packing)
 
     @property
     def exported_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that goes with the trained model: without the plain template if no row was written by it."""
+        """Tokenizer to export with the model, without the plain template if no row was written by it."""
         tokenizer, stores = self.tokenizer, self._stores.get("train", [])
         if self._encoder().written.chat or any(store.tally.languages["plain template"] for store in stores):
             return tokenizer
@@ -306,7 +306,7 @@ class TextDataModule(LightningDataModule):
         tally.write_down(self._encoder().written(prompt)[0])
 
     def _encoder(self) -> ChatEncoder:
-        # What the model in training gets rows for; it is not attached to what is only looked at.
+        # New tokens of the model in training. An evaluation alone has no module attached.
         module = getattr(self.trainer, "lightning_module", None)
         self.new_tokens = getattr(getattr(module, "network", None), "new_tokens", None) or self.new_tokens
         if self.encoder is None or not {*self.new_tokens} <= self.encoder.tokenizer.get_vocab().keys():
@@ -342,20 +342,20 @@ class TextDataModule(LightningDataModule):
         kept = self._some_kept(kept)
         kept, self._held_out = self._only_usable(kept)
         if self._sorts_by_length:
-            self._check_lengths(kept)  # now, and not in every worker
+            self._check_lengths(kept)  # here once, instead of in every worker
         size = self.batch_size * self._world
         batches = self.batches_per_epoch or math.ceil(sum(map(len, kept)) / size)
         sources, timeline = self.sources["train"] or [], partial(Timeline, self.trainer, batches, size)
         self._order = order_of(sources, kept, self.seed, timeline)
-        if self.trainer is not None or not self._order.begins:  # whose phases are those of no training
+        if self.trainer is not None or not self._order.begins:  # without a Trainer, phases have no length to report
             for line in report(sources, self._order, timeline):
                 rank_zero_info(line)
 
     def _some_kept(self, kept: list[np.ndarray]) -> list[np.ndarray]:
-        """Do not hold out everything.
+        """Keep something to train on: hold nothing out if all examples share one prompt.
 
         Raises:
-            ValueError: every prompt of several is held out.
+            ValueError: all prompts, of several, would be held out.
         """
         if not self._held_out or any(len(items) for items in kept):
             return kept
@@ -374,7 +374,7 @@ class TextDataModule(LightningDataModule):
         return [np.arange(len(store)) for store in self._stores["train"]]
 
     def _only_usable(self, kept: list[np.ndarray]) -> tuple[list[np.ndarray], list[Ref]]:
-        """Of the items to train on and of those held out the ones that the module can use."""
+        """Drop items that the module cannot use, from training and from the held-out examples."""
         sources = zip(self._stores["train"], self.sources["train"] or (), strict=True)
         masks = [self.usable(store, source.name) for store, source in sources]
         kept = [items if mask is None else items[mask[items]] for items, mask in zip(kept, masks, strict=True)]
@@ -383,12 +383,12 @@ class TextDataModule(LightningDataModule):
 
     @property
     def _sorts_by_length(self) -> bool:
-        """Whether batches are shared out by tokens; otherwise nobody needs to know them."""
+        """True if batches are balanced by tokens; otherwise lengths are not needed."""
         return self._world > 1 or self.micro_batch_tokens is not None
 
     @cached_property
     def _lengths(self) -> list[np.ndarray]:
-        """Tokens of each training example, of each source."""
+        """Per source, the tokens of each training example."""
         return [store.lengths(self.share_prefix) for store in self._stores["train"]]
 
     def _check_lengths(self, kept: list[np.ndarray]) -> None:
@@ -414,7 +414,7 @@ class TextDataModule(LightningDataModule):
         return self._order
 
     def _train_batch(self, number: int) -> Any:
-        """The number-th batch of this rank, or a list of its micro-batches: ranks share one global batch evenly."""
+        """Batch `number` of this rank, or a list of its micro-batches. Ranks share a global batch evenly."""
         order, size = self._training_order(), self.batch_size * self._world
         first = number * size
         if not self._sorts_by_length:
@@ -424,7 +424,7 @@ class TextDataModule(LightningDataModule):
         items = [self.training_item(first + i) for i in split[self._rank]]
         if (room := self.micro_batch_tokens) is None:
             return self.collate(items)
-        # As many micro-batches on every process: a model that is spread over them waits for all at each.
+        # Every rank needs the same number of micro-batches: a sharded model synchronises at each.
         bins = [best_fit_decreasing([lengths[i] for i in share], room) for share in split]
         mine = split_bins(bins[self._rank], max(map(len, bins)))
         return [self.collate([items[i] for i in sorted(chosen)]) for chosen in mine]
@@ -448,7 +448,7 @@ class TextDataModule(LightningDataModule):
         return [(s, i) for s, i in _every(stores) if (mask := masks[s]) is None or mask[i]]
 
     def _evaluating(self, stores: Sequence[Store], refs: Sequence[tuple[int, int]]) -> Loader:
-        """This rank's part of examples that are looked at once."""
+        """Loader of this rank's part of the examples to evaluate."""
         if len(refs) < self._world:
             raise ValueError(f"{len(refs)} examples to evaluate are too few for {self._world} processes")
         mine = evaluation_batches(len(refs), self._rank, self._world, self.val_batch_size)

@@ -1,16 +1,16 @@
-"""Rows of data: the one schema that every public format is read into, and what is wrong with a row that does not fit.
+"""The schema that every public format is read into, and the errors for rows that do not fit.
 
-After reading, a row is one of (names as in TRL; `messages` is a list of {"role", "content"}, see `data/messages.py`;
-an answer is text, or such a message where it holds more than text; `tools` may stand beside any conversation):
+After reading, a row has one of these forms. Names are TRL's. `messages` is a list of {"role", "content"}, see
+`data/messages.py`. A completion is text, or a message if it holds more than text. Any conversation may have `tools`.
 
     {"messages": [...]}                                    a conversation
-    {"prompt": str | messages, "completion": str}          a prompt and its answer
+    {"prompt": str | messages, "completion": str}          a prompt and its completion
     {"text": str}                                          plain text
-    {"prompt": ..., "completions": [str], "ranks": [float]}    ranked answers, lower is better; optional `margins`,
+    {"prompt": ..., "completions": [str], "ranks": [float]}    ranked completions, lower is better; optional `margins`,
                                                            `finished` (false: cut, so without a stop token),
-                                                           `shares` of several people who prefer the first of two
-                                                           answers (12, 13, ... 23, ...) and `scores`, their grades
-    {"prompt": ..., "reference"?: str, ...}                a prompt to answer; other columns go to the reward
+                                                           `shares` of annotators who prefer the first of two
+                                                           completions (12, 13, ... 23, ...), and `scores`
+    {"prompt": ..., "reference"?: str, ...}                a prompt to sample from; other columns go to the reward
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# Columns that make a row of the schema more than a prompt to answer.
+# Columns that make a row more than a prompt to sample from.
 KINDS = ("messages", "completion", "text", "completions", "ranks", "margins", "finished")
-# And all that a format reads of answers: beside other answers than those that were judged, it would judge these.
+# All columns about completions: beside sampled completions, they would judge the wrong ones.
 JUDGEMENTS = (
     *KINDS, "chosen", "rejected", "rank", "margin", "share", "shares", "score", "scores", "score_chosen",
     "score_rejected", "label",
@@ -35,7 +35,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadField(ValueError):
-    """Something wrong with one field of a row; the reader that knows the file and the row number completes it."""
+    """A problem with one field of a row. The reader adds the file and the row number."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"field {field!r} {problem}")
@@ -43,18 +43,18 @@ class BadField(ValueError):
         self.problem = problem
 
     def inside(self, where: str) -> BadField:
-        """The same, of a field that lies inside another one."""
+        """The same problem with the field named as part of an outer one."""
         return BadField(f"{where}.{self.field}", self.problem)
 
 
 def _brief(problem: object, room: int = 800) -> str:
-    """One line, without the middle of what a file of no use may hold as the name of a field."""
+    """Collapse to one line and shorten long text in the middle."""
     text = " ".join(str(problem).splitlines())
     return text if len(text) <= room else f"{text[: room // 2]} ... {text[-room // 2 :]}"
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: where it is, which field, what is wrong, and the way out."""
+    """A row that cannot be used. The message gives place, field, problem and the way out."""
 
     def __init__(self, origin: str, row: int | str, problem: object) -> None:
         super().__init__(
@@ -63,17 +63,17 @@ class BadRow(ValueError):
 
 
 class BadFile(ValueError):
-    """A file that cannot be read to its end: an error even where bad rows are skipped, for who knows what is lost."""
+    """A file that cannot be read to its end. An error even if bad rows are skipped: the loss would be unknown."""
 
     def __init__(self, origin: str, where: str, problem: object) -> None:
         super().__init__(f"{origin}, {where}: {_brief(problem)}")
 
 
 class Rows:
-    """Base class of anything that yields rows: a user's own data source, reached by class_path.
+    """Base class of a user's own data source, named by class_path.
 
-    A subclass takes plain arguments and implements `__iter__`. With a `fingerprint` that changes whenever the rows
-    would, what was tokenised is cached.
+    A subclass takes plain arguments and implements `__iter__`. If it sets `fingerprint`, tokenised rows are cached; the
+    fingerprint must change whenever the rows change.
     """
 
     fingerprint: str | None = None
@@ -83,13 +83,13 @@ class Rows:
 
 
 class Tally(Counter[str]):
-    """What happened to the rows of a source: how many were read, used, skipped, truncated ..., and the first reason.
+    """Counts of what happened to the rows of a source: read, used, skipped, truncated and so on.
 
     Attributes:
-        first_skipped: why the first bad row was left out.
-        languages: how prompts were written: by the chat template, as text; see `data/strings.py`.
-        columns: names of the file's columns that hold something; those of turns as `messages[].role`.
-        used: those that a reader has asked for; see `data/watched.py`.
+        first_skipped: the error of the first skipped row.
+        languages: counts of how prompts were written: with the chat template or as text; see `data/strings.py`.
+        columns: non-empty columns of the file; fields of turns as `messages[].role`.
+        used: columns that a reader has read; see `data/watched.py`.
     """
 
     def __init__(self) -> None:
@@ -100,12 +100,12 @@ class Tally(Counter[str]):
         self.used: set[str] = set()
 
     def skip(self, error: Exception) -> None:
-        """Count a bad row that the user allowed to leave out, and remember the first."""
+        """Count a bad row that is left out (`on_bad_row: skip`), and keep the first error."""
         self["skipped"] += 1
         self.first_skipped = self.first_skipped or str(error)
 
     def write_down(self, written: str) -> None:
-        """Count a prompt by how it was written."""
+        """Count a prompt by the way it was written."""
         self.languages[written] += 1
         if written == "as it is":
             self["prompts_in_the_chat_template_already"] += 1
@@ -116,11 +116,10 @@ class Tally(Counter[str]):
 
 
 def text_of(row: Row, field: str, default: str | None = None) -> str:
-    """The text in a field.
+    """Read a field that must hold text.
 
     Raises:
-        BadField: missing or null (without a default), or not text. Numbers are not turned into text behind the user's
-            back.
+        BadField: the field is missing or null without a default, or is not text. Numbers are not converted.
     """
     value = row.get(field)
     if value is None:

@@ -1,4 +1,4 @@
-"""A data source: a hub name, a file, or a class of the user's, read into the one row schema."""
+"""A data source: a hub data set, files, or a Python object, read into the row schema."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ OnBadRow = Literal["error", "skip"]
 
 @dataclass
 class Source:
-    """Where rows come from; exactly one of `path`, `hub` and `rows`.
+    """Where rows come from. Exactly one of `path`, `hub` and `rows` is set.
 
     Attributes:
-        path: file, glob, or archive member (`zip://*.csv::file.zip`); json, jsonl, csv, parquet or txt, compressed or
-            not; or a folder of such files, or one that `save_to_disk` of `datasets` has left. Environment variables are
-            filled in.
+        path: a file, a glob, or an archive member (`zip://*.csv::file.zip`) of json, jsonl, csv, parquet or txt,
+            compressed or not; or a folder of such files; or a folder written by `save_to_disk` of `datasets`.
+            Environment variables are filled in.
         hub: name of a data set on the Hugging Face hub.
-        rows: an object that yields rows, by class_path. From Python also a data set of `datasets`, a list of
-            dictionaries, a table of pandas or pyarrow, or a function that yields rows.
-        format: name of a reader of `data/formats.py`, or auto to tell it from the columns.
-        columns: the reader's name of a column: the file's name of it.
+        rows: an object that yields rows, by class_path. In Python also a data set of `datasets`, a list of
+            dictionaries, a table of pandas or pyarrow, or a generator function.
+        format: name of a reader in `data/formats.py`; auto recognises it by the columns.
+        columns: maps the reader's column names to those of the file.
         header: column names of a csv file without a header line.
-        split: of a hub data set or of a folder that has several, also in part: `train[:10%]`.
-        subset: of a hub data set.
-        revision: of a hub data set: a branch, a tag or a commit.
-        streaming: read a hub data set row by row, without a copy of the whole on disk. What is tokenised lies on disk
-            in any case, memory-mapped.
-        limit: read only so many rows, the first.
+        split: split of a hub data set or of a saved one, also in part: `train[:10%]`.
+        subset: subset (configuration) of a hub data set.
+        revision: branch, tag or commit of a hub data set.
+        streaming: read a hub data set row by row, without a copy on disk. Tokenised rows are on disk in any case,
+            memory-mapped.
+        limit: read only the first `limit` rows.
         weight: share of the epoch that this source provides, relative to the other weights; null for every row once.
-            One that changes in training is a list of pairs (begin, weight), 0 before the first: a begin below 1 is a
-            share of training, any other an optimizer step. `[[0, 1.0], [0.9, 0.2]]` falls to 0.2 for the last tenth.
-        label: what metrics and reports call this source; null for the name of its file, data set or class.
+            A weight that changes during training is a list of pairs (begin, weight), 0 before the first. A begin below
+            1 is a share of training, any other an optimizer step: `[[0, 1.0], [0.9, 0.2]]` drops to 0.2 for the last
+            tenth.
+        label: name of this source in metrics and reports; null for the name of its file, data set or class.
     """
 
     path: str | None = None
@@ -87,27 +88,27 @@ class Source:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Name of the source in messages."""
         given = self.rows.name if isinstance(self.rows, GivenRows) else type(self.rows).__name__
         return redact_text(self.path) if self.path else self.hub or given
 
     @property
     def short_name(self) -> str:
-        """How metrics call it: without folders, endings and slashes."""
+        """Name of the source in metrics: without folders, endings and slashes."""
         return printable(self.label or self.name.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0] or self.name)
 
     def read(self, on_bad_row: OnBadRow, tally: Tally, keep: Sequence[str] = ()) -> Iterator[tuple[str, Row]]:
-        """Yield (where it stands, row in the one schema).
+        """Yield (place in the file, row of the schema).
 
         Args:
             on_bad_row: raise an error, or skip and count.
-            tally: counts what happens to rows.
-            keep: columns of the file that each row carries along, whatever its format; a row without one is bad.
+            tally: receives the counts of rows.
+            keep: columns of the file that each row keeps, whatever its format; a row without one is bad.
 
         Raises:
-            BadRow: a row that does not fit, unless bad rows are to be skipped and counted.
-            BadFile: a file that cannot be read to its end.
-            ValueError: no such file, data set or environment variable; or no rows in it.
+            BadRow: a row does not fit, and on_bad_row is error.
+            BadFile: a file cannot be read to its end.
+            ValueError: the file, data set or environment variable does not exist, or the source holds no rows.
         """
         reader, kind = None if self.format == "auto" else FORMATS[self.format], None
         for origin, number, raw in self._raw(on_bad_row, tally):
@@ -119,7 +120,7 @@ class Source:
                     kind = recognise(row)
                     reader = FORMATS[kind]
                 held = (reader if kind not in PREFERENCES else FORMATS[among_preferences(row, kind)])(watched)
-                if not held:  # a tree that nobody ranked, for one
+                if not held:  # for example, a conversation tree without rankings
                     tally["rows_with_nothing_to_learn"] += 1
                 if absent := [name for name in keep if name not in raw]:
                     raise BadField(absent[0], missing(raw))
@@ -139,12 +140,12 @@ class Source:
         absent = [name for name in self.columns.values() if name not in raw]
         if absent:
             raise BadField(absent[0], missing(raw))
-        # What is mapped wins over a column of the file that happens to have the reader's name.
+        # A mapped column wins over a column of the file that already has the reader's name.
         kept = {name: value for name, value in raw.items() if name not in self.columns.values()}
         return kept | {ours: raw[theirs] for ours, theirs in self.columns.items()}
 
     def _as_in_file(self, problem: BadField) -> BadField:
-        """The problem under the name that the file gives the field."""
+        """Name the field as the file does."""
         theirs, inside = re.fullmatch(r"([^.\[]*)(.*)", problem.field, re.DOTALL).groups()  # type: ignore[union-attr]
         return BadField(self.columns.get(theirs, theirs) + inside, problem.problem)
 
@@ -182,12 +183,12 @@ class Source:
 
     @property
     def _folder(self) -> str | None:
-        """The folder that the path is, if it is one."""
+        """The path if it is a folder; else None."""
         folder = expand(self.path or "")
         return folder if os.path.isdir(folder) else None
 
     def _paths(self) -> list[str]:
-        """The path, or those of a folder's files."""
+        """The path itself, or the paths of the files in the folder."""
         assert self.path is not None
         return [self.path] if self._folder is None else files_of(self._folder, self.split)
 
@@ -196,13 +197,13 @@ class Source:
 
     @property
     def cacheable(self) -> bool:
-        """Whether a fingerprint can be had. Of a stream only a pinned revision tells what it is."""
+        """True if the source has a fingerprint. A stream has one only with a pinned revision."""
         if self.hub is not None and self.streaming:
             return self.revision is not None
         return self.rows is None or self.rows.fingerprint is not None
 
     def fingerprint(self) -> str | None:
-        """Changes whenever the rows would; None where that cannot be known, and nothing is cached."""
+        """Hash that changes whenever the rows change; None if unknown, and then nothing is cached."""
         if not self.cacheable:
             return None
         options = {k: v for k, v in vars(replace(self, weight=None)).items() if k not in ("rows", "label")}
@@ -220,18 +221,18 @@ class Source:
         return digest.hexdigest()
 
 
-# Endings of the files that `read_rows` reads, and of what packs them.
+# Endings of files that `read_rows` reads, and of archives.
 _FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def keys_of(text: str) -> dict[str, str]:
-    """The keys of a source that is given as a text alone: `path` for a file, `hub` for a name on the hub.
+    """Keys of a source that is given as text: `path` for a file, `hub` for a name on the hub.
 
-    A text is a path if such a file or folder exists, or if it looks like one: its ending, a wildcard, a `./`, `/`, `~`,
-    `$` or protocol, or a first folder that exists. Otherwise `owner/name` is a data set on the hub.
+    The text is a path if the file or folder exists, or if it looks like one: by its ending, a wildcard, a leading `./`,
+    `/`, `~` or `$`, a protocol, or a first folder that exists. Otherwise `owner/name` is a data set on the hub.
 
     Raises:
-        ValueError: neither of them; says what to write.
+        ValueError: the text is neither; says what to write.
     """
     first = text.partition("/")[0]
     is_path = (
@@ -251,11 +252,11 @@ def keys_of(text: str) -> dict[str, str]:
 
 
 def as_source(given: Source | str | os.PathLike[str]) -> Source:
-    """A source from its options, from a file's or data set's name alone, or from an object that holds rows.
+    """Make a source from a source, from the name of a file or data set, or from an object that holds rows.
 
     Raises:
-        TypeError: neither of them.
-        ValueError: a text that is neither a file nor a name; see `keys_of`.
+        TypeError: the argument is none of these.
+        ValueError: the text names neither a file nor a data set; see `keys_of`.
     """
     if isinstance(given, Source):
         return given
@@ -270,14 +271,14 @@ def as_source(given: Source | str | os.PathLike[str]) -> Source:
 
 
 def as_sources(given: Any) -> list[Source] | None:
-    """Sources from a list of them, or from one alone; see `as_source`. None stays None."""
+    """Make a list of sources from a list or from one; see `as_source`. None stays None."""
     if given is None:
         return None
     return [as_source(one) for one in (given if isinstance(given, (list, tuple)) else [given])]
 
 
 def labels(sources: Sequence[Source]) -> list[str]:
-    """A short name for each source, no two alike: the second `train` is `train-2`."""
+    """A unique short name for each source: the second `train` becomes `train-2`."""
     names: list[str] = []
     for source in sources:
         name, number = source.short_name, 2
