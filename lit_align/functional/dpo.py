@@ -170,8 +170,8 @@ def discopop_loss(pairs: PairLogps, beta: float = 0.05, tau: float = 0.05) -> Te
     return (-margin_P / tau).sigmoid() * -logsigmoid(margin_P) + exponential_P
 
 
-# Other divergences than the reverse KL, which `dpo_loss` keeps the policy near the reference by. What the log-ratio
-# was, f'(policy / reference) is; constants of f' drop out of the difference.
+# f-DPO: replace the reverse KL of `dpo_loss` by other divergences. f'(policy / reference) takes the place of the
+# log-ratio; constants of f' cancel in the difference.
 
 
 def forward_kl_loss(pairs: PairLogps, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:

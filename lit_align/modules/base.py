@@ -1,4 +1,4 @@
-"""What every method shares: optimizer and schedule, an exact loss normaliser, lean checkpoints, resume to the bit."""
+"""Base of all methods: optimizer and schedule, exact loss normalisation, small checkpoints, bitwise resume."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ _Model = TypeVar("_Model", bound=TreeModel)
 
 
 class AlignModule(LightningModule):
-    """Base of the four methods.
+    """Base of all methods.
 
-    A subclass loads its models in `configure_model`, never in `__init__`: a configuration is then parsed and checked
-    without a download, and weights are created where the strategy wants them.
+    A subclass loads its models in `configure_model`, never in `__init__`. A configuration can then be parsed and
+    checked without a download, and the strategy decides where weights are created.
 
     Args:
-        optimizer: parameters (or groups of them) to optimizer.
+        optimizer: builds the optimizer from parameters or parameter groups.
         schedule: learning rate as a function of the optimizer step; null keeps it constant.
-        lr_scheduler: a scheduler of torch instead, stepped once per optimizer step.
+        lr_scheduler: a torch scheduler instead, stepped once per optimizer step.
     """
 
     def __init__(
@@ -70,16 +70,16 @@ class AlignModule(LightningModule):
         self._rng: dict[str, Any] | None = None
         self._work = "a micro-batch"
 
-    # What it can work with.
+    # Checks of data and strategy.
 
     batch_type: type = PackedBatch
     predict_batch_type: type = PromptBatch
 
     def setup(self, stage: str) -> None:
-        """Refuse strategies that would train something else; on a CPU, keep freed memory.
+        """Refuse unsupported strategies and devices; on a CPU, tell the allocator to keep freed memory.
 
         Raises:
-            ValueError: names the strategy, and one to use.
+            ValueError: names the strategy or device, and one to use instead.
         """
         takes = self.predict_batch_type if stage == "predict" else self.batch_type
         manual = stage == "fit" and not self.automatic_optimization
@@ -89,16 +89,16 @@ class AlignModule(LightningModule):
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         for metric in (child for child in self.children() if isinstance(child, Metric)):
-            metric.reset()  # an evaluation before has left tensors of inference mode, which a fit cannot add to
+            metric.reset()  # an earlier evaluation may have left inference tensors, which a fit cannot update
 
     def spread(self, model: _Model) -> _Model:
-        """A model that was just loaded, as the strategy wants it: in slices, if it shards."""
+        """Shard a newly loaded model if the strategy shards; return it."""
         if self.device_mesh is not None:
             shard(model, self.device_mesh["data_parallel"])
         return model
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse the batches of another kind of data.
+        """Refuse batches of the wrong kind of data module.
 
         Raises:
             ValueError: names the data module to use.
@@ -113,19 +113,19 @@ class AlignModule(LightningModule):
             )
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same."""
+        """Refuse batches of the wrong kind of data module; see `on_train_batch_start`."""
         self.on_train_batch_start(batch, batch_idx)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_fit_start(self) -> None:
-        """Refuse data that the model cannot take; see `check_data`."""
+        """Refuse data that does not fit the model; see `check_data`."""
         check_module(self)
 
     on_test_start = on_predict_start = on_fit_start
 
     def on_validation_start(self) -> None:
-        """The same, of a validation by itself."""
+        """Refuse data that does not fit the model, in `validate` too."""
         if self.trainer.validating:
             check_module(self)
 
@@ -134,11 +134,11 @@ class AlignModule(LightningModule):
     optimizer_steps_per_batch = 1
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer gets."""
+        """Parameter groups for the optimizer."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def configure_optimizers(self) -> Any:
-        """One optimizer, and a schedule that counts optimizer steps."""
+        """Build the optimizer and a schedule that counts optimizer steps."""
         optimizer: Optimizer = self.optimizer(self.parameter_groups())
         if self.schedule is not None:
             schedule, total = self.schedule, self.total_steps()
@@ -150,12 +150,12 @@ class AlignModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run.
+        """Number of optimizer steps of the whole run.
 
-        Counted here and not by Trainer.estimated_stepping_batches, which knows of one step per batch only.
+        Trainer.estimated_stepping_batches does not serve here: it assumes one step per batch.
 
         Raises:
-            ValueError: the run has no end to stretch a schedule to.
+            ValueError: the run has no end, so a schedule has no length.
         """
         trainer = self.trainer
         steps = float("inf")
@@ -172,27 +172,27 @@ class AlignModule(LightningModule):
             )
         return int(steps)
 
-    # The exact normaliser.
+    # Exact loss normalisation.
 
     def micro_step(self, batch: Any) -> Tensor:
-        """What a method does with a micro-batch: its loss, by way of `accumulate`."""
+        """Compute the loss of a micro-batch and return it through `accumulate`."""
         raise NotImplementedError
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """Forward and backward of each micro-batch; Lightning does the backward of the last, and under DDP its sync.
+        """Run forward and backward of each micro-batch. Lightning runs the last backward, and syncs there under DDP.
 
-        Returns the last one's sum of losses; their mean, where it is all there is to the step.
+        Returns the last micro-batch's loss sum, or its mean if it is the only one.
         """
         *first, last = batch if isinstance(batch, list) else [batch]
         for micro_batch in first:
-            # DDP expects no gradients before its forward has ended, and leaves these where they are.
+            # Bypass DDP for these micro-batches: it syncs gradients in the last backward only.
             self.trainer.strategy.backward(self._forward_of(micro_batch), None)
         loss = self._forward_of(last)
-        # To divide the loss, where it is known what by, is cheaper than to divide all gradients.
+        # Dividing the loss is cheaper than dividing all gradients; it needs the count of the whole step.
         self._divided = not first and self.trainer.accumulate_grad_batches == self.trainer.world_size == 1
         if self._divided:
             return loss * (1.0 / self._sums["loss"][1])
-        # Lightning divides by this; the sum is to stay a sum.
+        # Lightning divides by accumulate_grad_batches: cancel that, so that sums stay sums.
         return loss * self.trainer.accumulate_grad_batches
 
     def _forward_of(self, batch: Any) -> Tensor:
@@ -203,7 +203,7 @@ class AlignModule(LightningModule):
 
     @contextlib.contextmanager
     def working_on(self, batch: PackedBatch) -> Iterator[None]:
-        """The forward of a micro-batch: should there be no memory for it, or for its backward, that is what is said."""
+        """Run a micro-batch; on out-of-memory, name the batch that failed."""
         tokens = batch.tokens_RN.shape
         self._work = f"a micro-batch of {tokens.numel():,} tokens in {tokens[0]} rows"
         with memory_for(f"the forward of {self._work}", self.memory_option):
@@ -211,37 +211,37 @@ class AlignModule(LightningModule):
 
     @property
     def memory_option(self) -> str:
-        """What to lower when a micro-batch does not fit."""
+        """Option to lower if a micro-batch does not fit in memory."""
         if not self.automatic_optimization:
             return "model.micro_batch_size or model.micro_batch_tokens"
         return "data.micro_batch_tokens (or data.batch_size, accumulating over more batches)"
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's own, which says what it was at should there be no memory left."""
+        """Lightning's backward, with a clearer out-of-memory error."""
         with memory_for(f"the backward of {self._work}", self.memory_option):
             super().backward(loss, *args, **kwargs)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """Step, and only now forget the gradients."""
+        """Step, then zero the gradients."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
         if isinstance(strategy := self.trainer.strategy, ZeROStrategy):
             self.log_tracked({"grad_norm": strategy.gradient_norm()})
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Nothing: Lightning calls this after `training_step`, which has left gradients by then."""
+        """No-op: Lightning would clear gradients that earlier micro-batches accumulated."""
 
     def accumulate(self, loss_sum: Tensor, count: int, **measures: tuple[Tensor, Tensor | int]) -> Tensor:
-        """What `micro_step` returns: the *sum* of losses over a micro-batch, and its count kept for later.
+        """Keep the count of a micro-batch for the optimizer step, and return its loss *sum*.
 
-        A mean per micro-batch, averaged over micro-batches and ranks, is another loss than the mean over the batch
-        (10 % off on ragged data). Sums add up; they are divided once, before clipping, by the count of all
-        micro-batches and ranks of the optimizer step.
+        A mean per micro-batch, averaged over micro-batches and ranks, differs from the mean over the batch (10 % off on
+        ragged data). Sums add up exactly. They are divided once, before clipping, by the count over all micro-batches
+        and ranks of the optimizer step.
 
         Args:
-            loss_sum: a scalar.
-            count: what it is a sum over.
-            measures: other sums with their counts; the optimizer step's mean is logged as `train/NAME`.
+            loss_sum: sum of losses, a scalar.
+            count: number of terms in the sum.
+            measures: further sums with their counts; their means per optimizer step are logged as `train/NAME`.
         """
         for name, (total, number) in {"loss": (loss_sum, count), **measures}.items():
             before, already = self._sums.get(name, (0.0, 0))
@@ -249,23 +249,23 @@ class AlignModule(LightningModule):
         return loss_sum
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradient of summed losses by the count over all micro-batches and ranks."""
+        """Divide the gradients of the loss sum by the count over all micro-batches and ranks; log the means."""
         if not self.automatic_optimization:
             return
         own = [number for pair in self._sums.values() for number in pair]
         *numbers, processed, scored = self.sum_over_ranks([*own, *self.tokens_seen.latest()])
         sums = dict(zip(self._sums, torch.stack(numbers).reshape(-1, 2), strict=True))
-        # Distributed strategies average gradients over ranks: undo that too.
+        # Distributed strategies average gradients over ranks; cancel that too.
         scale = self.trainer.world_size / float(sums["loss"][1])
         scale_gradients(self.trainer.strategy, optimizer, 1.0 if self._divided else scale)
         for name, (total, count) in sums.items():
-            if count:  # no pair in the whole step has no accuracy
+            if count:  # a step without pairs has no accuracy
                 self.log(f"train/{name}", total / count, prog_bar=name in ("loss", "accuracy"))
         self._sums = {}
         self.log_tracked({"learning_rate": learning_rate(optimizer), **self.tokens_seen.settle([processed, scored])})
 
     def log_tracked(self, values: dict[str, Tensor]) -> None:
-        """Log what is the same on all ranks, as `train/NAME`."""
+        """Log values that are equal on all ranks, as `train/NAME`."""
         for name, value in values.items():
             self.log(f"train/{name}", value)
 
@@ -275,11 +275,11 @@ class AlignModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Log the norm, and clip: under bf16 with a fused optimizer too, where Lightning refuses (as in fp16)."""
+        """Log the gradient norm and clip. Unlike Lightning, clip also under bf16 with a fused optimizer."""
         plugin = self.trainer.precision_plugin
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = None
-        if not isinstance(self.trainer.strategy, ZeROStrategy):  # which has no gradients here: see optimizer_step
+        if not isinstance(self.trainer.strategy, ZeROStrategy):  # ZeRO has its gradients later, in optimizer_step
             norm = gradient_norm(parameters)
             self.log_tracked({"grad_norm": whole_norm(norm)})
         if not gradient_clip_val or not isinstance(plugin, MixedPrecision) or plugin.scaler is not None:
@@ -290,44 +290,44 @@ class AlignModule(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
 
     def sum_over_ranks(self, values: Iterable[Tensor | float]) -> Tensor:
-        """Scalars summed over all processes."""
+        """Sum scalars over all ranks. Shape (number of values,), float64."""
         stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in on_host(values)])
         if self.trainer.world_size > 1:
             stacked = self.trainer.strategy.reduce(stacked.to(self.device), reduce_op="sum")
         return stacked
 
     def from_ranks(self, value: Any) -> list[Any]:
-        """What each process gives, in order."""
+        """Gather an object from all ranks, in order of rank."""
         values = [value] * self.trainer.world_size
         if self.trainer.world_size > 1:
             torch.distributed.all_gather_object(values, value)
         return values
 
     def over_ranks(self, values: Tensor) -> Tensor:
-        """The values of all processes, one after the other, on the CPU."""
+        """Concatenate the values of all ranks, on the CPU."""
         return torch.cat(self.from_ranks(values.cpu()))
 
     def mean_over_ranks(self, values: Tensor) -> Tensor:
-        """Mean of the values of all processes."""
+        """Mean over the values of all ranks."""
         total, count = self.sum_over_ranks([values.sum(), values.numel()])
         return total / count
 
     def moments_over_ranks(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of the values of all processes."""
+        """Mean and biased variance over the values of all ranks."""
         mean = self.mean_over_ranks(values.double())
         variance = self.mean_over_ranks((values.double() - mean).square())
         return mean.to(values), variance.to(values)
 
     @contextlib.contextmanager
     def gradient_sync(self, on: bool) -> Iterator[None]:
-        """Under DDP, all-reduce gradients in this backward or keep them local: the last of a step is enough."""
+        """Under DDP, all-reduce gradients in this backward (`on`) or keep them local until the last of a step."""
         model: Any = self.trainer.strategy.model
         with contextlib.nullcontext() if on or not self.one_backward else model.no_sync():
             yield
 
     @property
     def one_backward(self) -> bool:
-        """Whether all gradients of a step are to come from one backward, as DDP, on one device too, wants them."""
+        """True if the model is wrapped in DDP, which expects one backward per step."""
         return hasattr(self.trainer.strategy.model, "no_sync")
 
     def log_all(self, prefix: str, values: dict[str, Tensor], prog_bar: Collection[str] = ()) -> None:
@@ -338,19 +338,19 @@ class AlignModule(LightningModule):
 
     @property
     def stage(self) -> str:
-        """The first half of a metric's name in evaluation."""
+        """Prefix of metric names in evaluation: val or test."""
         return "test" if self.trainer.testing else "val"
 
     # Checkpoints.
 
     def frozen(self) -> set[str]:
-        """Names of state that is loaded from its own folder and therefore kept out of checkpoints."""
+        """Names of frozen state. It is loaded from its own folder, so checkpoints leave it out."""
         fixed = {name for name, p in self.named_parameters(remove_duplicate=False) if not p.requires_grad}
         prefixes = tuple(f"{name}." for name, child in self.named_children() if not _trains(child))
         return {name for name in self.state_dict() if name in fixed or name.startswith(prefixes)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave out what is frozen; put in the state of the random generators."""
+        """Remove frozen weights, and add the state of the random generators."""
         for name in self.frozen():
             checkpoint["state_dict"].pop(name, None)
         rng = {"cpu": torch.get_rng_state()}
@@ -360,19 +360,19 @@ class AlignModule(LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen.totals
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks trained weights: without strict loading they would stay as they are."""
+        """Refuse a checkpoint that lacks trained weights: non-strict loading would keep their initial values."""
         check_state(self.state_dict(), checkpoint["state_dict"], self.frozen())
         self._rng = dict(enumerate(checkpoint["rng"])).get(self.global_rank)
         self.tokens_seen.totals = list(checkpoint.get("tokens_seen", self.tokens_seen.totals))  # older ones have none
 
     def on_train_start(self) -> None:
-        """Say what will be held in memory; and continue the random sequence of the checkpoint, if there is one."""
+        """Log the memory that the run will hold; restore the random generators of a checkpoint."""
         strategy = self.trainer.strategy
         in_slices = isinstance(strategy, ZeROStrategy) and strategy.stage == 2
         roles = memory_budget(self, self.trainer.optimizers, in_slices)
         total = sum(role.weights + role.training for role in roles) / MIB
         rank_zero_info(f"memory: {'; '.join(map(str, roles))}; {total:,.0f} MiB in all before activations")
-        # Only now has everything drawn that draws at start-up.
+        # Restore them here, after everything that draws random numbers at start-up.
         if self._rng is not None:
             torch.set_rng_state(self._rng["cpu"].cpu())
             if "cuda" in self._rng and self.device.type == "cuda":
@@ -380,7 +380,7 @@ class AlignModule(LightningModule):
             self._rng = None
 
     def on_train_end(self) -> None:
-        """Say what was held."""
+        """Log the peak memory."""
         if peak := peak_memory(self.device):
             rank_zero_info(f"peak memory: {peak / MIB:,.0f} MiB")
 

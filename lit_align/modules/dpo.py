@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the policy learns from ranked answers, and the reward model stays implicit."""
+"""Direct preference optimisation: train the policy on ranked completions, with an implicit reward model."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ OF_JUDGED = ("desired_reward", "undesired_reward", "judged_accuracy")
 
 
 class DPOModule(ReferencePointModule):
-    """Trains a policy on preferences (Rafailov et al. 2023). One example is one prompt with all its ranked answers.
+    """Train a policy on preferences (Rafailov et al. 2023). An example is one prompt with all its ranked completions.
 
-    The pairs of a prompt weigh 1 / C(K, 2) each. KTO's reference point is estimated from prompts with answers to other
-    prompts, as `ReferencePointModule` says. It takes answers that are judged one by one (rows of prompt, completion and
-    label) too; the other losses compare answers to one prompt.
+    Each pair of a prompt weighs 1 / C(K, 2). KTO estimates its reference point from prompts paired with completions of
+    other prompts; see `ReferencePointModule`. It also accepts completions that are judged one by one (rows of prompt,
+    completion and label); all other losses compare completions of one prompt.
 
     Args:
         network: the policy, an SFT model.
-        loss: a name of `functional/dpo_losses.py`; the function's docstring says whether it sums or averages over
-            tokens, which decides what a good beta is.
-        beta: how much it costs to leave the reference; null is the loss's own default.
-        label_smoothing: how often labels are taken to be wrong; null is the loss's own default.
-        coefficients: what else the loss takes, by name, as in `{gamma: 1.4}` for simpo.
-        nll_coef: weight of the better answer's negative log-likelihood per token, added to any loss (RPO). That which
-            cpo and orpo have of their own is not meant.
-        options: those of `ReferencePointModule` but `kto`.
+        loss: a name in `functional/dpo_losses.py`. Its docstring says whether the loss sums or averages over tokens,
+            which decides the scale of a good beta.
+        beta: strength of the KL constraint; null takes the default of the loss.
+        label_smoothing: assumed share of wrong labels; null takes the default of the loss.
+        coefficients: further coefficients of the loss by name, such as `{gamma: 1.4}` for simpo.
+        nll_coef: weight of the negative log-likelihood per token of the better completion, added to any loss (RPO). The
+            term that cpo and orpo already contain is separate.
+        options: options of `ReferencePointModule` except `kto`.
     """
 
     batch_type = PreferenceBatch
@@ -70,14 +70,14 @@ class DPOModule(ReferencePointModule):
         self.means = Means(*OF_PAIRS, *(OF_JUDGED if self.kto else ()))
 
     def configure_model(self) -> None:
-        """Load the policy and, if the loss looks at it, the reference; once."""
+        """Load the policy, and the reference if the loss needs it; once."""
         if not hasattr(self, "policy"):
             super().configure_model()
             if self.needs_reference:
                 self.load_reference(self.reference_network)
 
     def pair_logps(self, batch: PreferenceBatch, pairs: RankedPairs) -> tuple[PairLogps, Tensor]:
-        """Log-probabilities of every pair, and the log-ratio of every answer. Each answer is computed once."""
+        """Log-probabilities of each pair, and the log-ratio of each completion. Each completion is computed once."""
         packed = batch.packed
         logps_Q = self.policy(packed).sums(packed)
         reference_Q = self.reference_sums(batch) if self.needs_reference else torch.zeros_like(logps_Q)
@@ -97,11 +97,11 @@ class DPOModule(ReferencePointModule):
         return total
 
     def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        """Implicit rewards of the better and the worse answers, per token where the loss is. Shapes (P,)."""
+        """Implicit rewards of the better and the worse completions; per token if the loss is. Shapes (P,)."""
         return implicit_rewards(logps.per_token() if self.loss_name in PER_TOKEN else logps, self.beta)
 
     def measures(self, batch: PreferenceBatch, logps: PairLogps, log_ratio_Q: Tensor) -> dict[str, tuple[Tensor, Any]]:
-        """Sums and counts: of pairs, implicit rewards, their margin and log-probabilities; of KTO, judged answers."""
+        """Sums and counts for the log: implicit rewards, margins and log-probs of pairs; with KTO, judged rewards."""
         better_P, worse_P = self.rewards(logps)
         sums_P = {
             "chosen_reward": better_P,
@@ -119,7 +119,7 @@ class DPOModule(ReferencePointModule):
         return found
 
     def micro_step(self, batch: PreferenceBatch) -> Tensor:
-        """Loss per prompt, and what `measures` says of its answers."""
+        """Loss per prompt, with accuracy and the figures of `measures`."""
         pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
         logps, log_ratio_Q = self.pair_logps(batch, pairs)
         better_P, worse_P = self.rewards(logps)
@@ -132,7 +132,7 @@ class DPOModule(ReferencePointModule):
         )
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Loss, and accuracy of the implicit reward on pairs."""
+        """Update the loss and the accuracy of the implicit reward on pairs."""
         pairs = ranked_pairs(batch.rank_Q, batch.packed.example_Q)
         logps, log_ratio_Q = self.pair_logps(batch, pairs)
         count = batch.packed.num_examples
@@ -141,7 +141,7 @@ class DPOModule(ReferencePointModule):
         self.means.update(**self.measures(batch, logps, log_ratio_Q))
 
     def on_validation_epoch_end(self) -> None:
-        """Log. Without any pair, as of answers that were judged one by one, accuracy is that of the judged answers."""
+        """Log the metrics. Without pairs (completions judged one by one), accuracy is that of judged completions."""
         share, low, high = self.accuracy.compute()
         means = self.means.compute()
         alone = share.isnan() and "judged_accuracy" in means

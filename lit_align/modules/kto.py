@@ -1,4 +1,4 @@
-"""The reference point of KTO: how far the policy is from its reference, on answers that belong to other prompts."""
+"""KTO's reference point: the KL from the reference, estimated on completions of other prompts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from lit_align.types import PreferenceBatch
 
 
 class ReferencePointModule(ReferencedModule):
-    """Keeps z, an estimate of KL(policy || reference) in nats an answer, from step to step.
+    """Keep z, an estimate of KL(policy || reference) in nats per completion, from step to step.
 
-    It is the paper's: the mean log-ratio of prompts with answers to another prompt, at least 0 and without gradient.
-    The mean log-ratio of the answers that are trained on would be their implicit reward. Two things are chosen here:
+    As in the paper, z is the mean log-ratio of prompts paired with completions of another prompt, at least 0 and
+    without gradient. The mean log-ratio of the trained completions themselves would be their implicit reward. Two
+    choices:
 
-    The other prompt is the next one in the order of training (`PreferenceDataModule.training_item`), where others cycle
-    the answers of a micro-batch by one: so the loss does not depend on who shares a micro-batch or a process, and a
-    micro-batch of one prompt is as good as any.
+    The other prompt is the next one in the order of training (`PreferenceDataModule.training_item`); other libraries
+    rotate the completions of a micro-batch by one. The loss therefore does not depend on the other examples of a
+    micro-batch or process. The estimate does not depend on micro-batch size.
 
-    And z is that of the optimizer step *before*: the first micro-batch's loss needs it before the last is computed. It
-    starts from 0, its true value where training starts from the reference.
+    z comes from the *previous* optimizer step, because the first micro-batch needs it before the last is computed. It
+    starts from 0, its true value if training starts from the reference.
 
     Args:
         network: the policy.
-        kto: whether there is such a point. It costs a forward of both models without gradients.
-        options: those of `ReferencedModule`.
+        kto: whether to estimate z. This costs a forward of both models without gradients.
+        options: options of `ReferencedModule`.
 
     Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", equation 8 and the
     estimate of z below it.
@@ -41,28 +42,28 @@ class ReferencePointModule(ReferencedModule):
         super().__init__(network, **options)
         if kto and self.cache_reference:
             raise ValueError("loss: kto shows the reference other answers in every epoch: unset model.cache_reference")
-        self.kto = self.single_answers = kto  # the latter tells the data to keep answers that were judged one by one
+        self.kto = self.single_answers = kto  # single_answers: the data keeps completions judged one by one
         self.register_buffer("reference_point", torch.zeros((), dtype=torch.float64), persistent=kto)
         self._log_ratios: list[Tensor] = []
 
     def setup(self, stage: str) -> None:
-        """Ask the data for prompts with answers to others."""
+        """Ask the data module for prompts paired with completions of other prompts."""
         super().setup(stage)
         if stage == "fit" and hasattr(self.datamodule, "mismatched"):
             self.datamodule.mismatched = self.kto
 
     @torch.no_grad()
     def look_at_mismatched(self, batch: PreferenceBatch) -> None:
-        """Take down the log-ratios of a micro-batch, for the next step's z."""
+        """Collect the log-ratios of a micro-batch for the z of the next step."""
         if self.kto and batch.mismatched is not None:
             packed = batch.mismatched
             self._log_ratios.append(self.policy(packed).sums(packed) - live_sums(self, packed))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """The exact normaliser; and z for the next step.
+        """Normalise the gradients, and compute z for the next step.
 
         Raises:
-            ValueError: the batches had nothing to estimate it from.
+            ValueError: the batches have no `mismatched` part to estimate z from.
         """
         super().on_before_optimizer_step(optimizer)
         if self.kto:

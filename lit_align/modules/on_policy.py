@@ -1,4 +1,4 @@
-"""What a method needs that trains on its own answers: rewards, micro-batches of whole prompts, steps, evaluation."""
+"""Base of on-policy methods: rewards, micro-batches of whole prompts, optimizer steps, evaluation."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from lit_align.types import PackedBatch, PromptBatch, Rollout
 
 
 class Experience(NamedTuple):
-    """A micro-batch of scored answers: what the policies and the value model said of them when they were sampled.
+    """A micro-batch of scored completions, with the outputs of policy, reference and value model at sampling time.
 
-    Packed once and then used in every epoch as it is: the same rows give the same numbers, so that in the first pass
-    the ratio of new to old probabilities is 1 and not 1.0000002.
+    It is packed once and reused in every epoch. Equal rows give equal numbers, so in the first pass the ratio of new to
+    old probabilities is exactly 1, not 1.0000002.
     """
 
     batch: PackedBatch
     logps_S: Tensor
     advantages_S: Tensor
     reference_S: Tensor
-    values_S: Any = None  # a tensor, and None where there is no value model
+    values_S: Any = None  # a tensor; None without a value model
     returns_S: Any = None
-    scored: TokenScores | None = None  # with their graph, where the first update starts from this forward
+    scored: TokenScores | None = None  # with its graph, if the first update reuses this forward
 
 
 class OnPolicyModule(PolicyModule):
-    """Base of PPO: everything but the algorithm.
+    """Base of on-policy methods: everything except the algorithm.
 
     Args:
         network: the policy, an SFT model.
-        reward: what to maximise: a reward model's folder, a Python function, any `Reward`.
+        reward: the reward to maximise: a reward model's folder, a Python function, or any `Reward`.
         monitors: rewards that are measured in validation and never trained on.
-        reference: another model than the one training starts from.
+        reference: reference model; null takes the model that training starts from.
         epochs: passes over a rollout.
-        mini_batches: optimizer steps in a pass.
-        micro_batch_size: sequences in one forward and backward.
-        micro_batch_tokens: tokens in one forward and backward, in place of a number of sequences; mini-batches then
-            have about as many micro-batches, and not as many sequences.
-        max_grad_norm: gradients are scaled down to this norm; null for no limit.
+        mini_batches: optimizer steps per pass.
+        micro_batch_size: sequences per forward and backward.
+        micro_batch_tokens: tokens per forward and backward, instead of a number of sequences; mini-batches then have
+            about equally many micro-batches instead of equally many sequences.
+        max_grad_norm: maximum gradient norm; null for no limit.
         ptx_coef: weight of the loss on the data module's `ptx` text (PPO-ptx).
-        options: those of `PolicyModule`; `sampling` is how rollouts are drawn.
+        options: options of `PolicyModule`; `sampling` is how rollouts are drawn.
     """
 
     batch_type = PromptBatch
@@ -83,8 +83,8 @@ class OnPolicyModule(PolicyModule):
         self.max_grad_norm, self.ptx_coef = max_grad_norm, ptx_coef
         self.optimizer_steps_per_batch = epochs * mini_batches
         self.iteration = 0
-        # Set while a batch has changed nothing yet that a checkpoint holds: there a run that is asked to stop need not
-        # wait for a slow reward (callbacks/preemption.py).
+        # True while nothing that a checkpoint holds has changed in this batch: a run that is asked to stop then need
+        # not wait for a slow reward (callbacks/preemption.py).
         self.unchanged = False
         check_on_policy(self)
 
@@ -95,8 +95,8 @@ class OnPolicyModule(PolicyModule):
             self.load_reference(self.reference_network)
 
     def load_rewards(self) -> None:
-        """Load what scores answers, frozen."""
-        # The data's is the policy's with the chat template that prompts are written in.
+        """Load the rewards and monitors, frozen."""
+        # The tokenizer of the data has the chat template that prompts are written in.
         tokenizer = getattr(self.datamodule, "tokenizer", None) or self.tokenizer
         for reward in (self.reward, *self.monitors.values()):
             for part in reward.modules():
@@ -106,7 +106,7 @@ class OnPolicyModule(PolicyModule):
             reward.requires_grad_(False)
 
     def configure_callbacks(self) -> list[Any]:
-        """No callbacks: the first hook that sees the Trainer, and so the place to refuse options that do not apply."""
+        """Refuse Trainer options that do not apply; this is the first hook that sees the Trainer. No callbacks."""
         trainer = self.trainer
         if trainer.gradient_clip_val is not None:
             raise ValueError("PPO clips gradients itself: unset trainer.gradient_clip_val, set model.max_grad_norm")
@@ -139,10 +139,10 @@ class OnPolicyModule(PolicyModule):
         return []
 
     def on_fit_start(self) -> None:
-        """Refuse now what might stop the run at its first long answer, and one process of several.
+        """Fail early if the longest prompt plus completions exceeds micro_batch_tokens.
 
         Raises:
-            ValueError: the longest prompt with its answers may be longer than a micro-batch.
+            ValueError: names both sizes, and the options to change.
         """
         super().on_fit_start()
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -160,17 +160,17 @@ class OnPolicyModule(PolicyModule):
                 "lower data.max_length, sampling.max_new_tokens or sampling.samples"
             )
 
-    # For the algorithm.
+    # Parts of the algorithm.
 
     @contextlib.contextmanager
     def changing_nothing(self) -> Iterator[None]:
-        """For the part of a batch that samples answers and scores them."""
+        """Mark the part of a batch that samples and scores, and changes nothing that a checkpoint holds."""
         self.unchanged = True
-        yield  # an error leaves it set, for the callback that saves
+        yield  # on an error the mark stays, for the callback that saves
         self.unchanged = False
 
     def micro_batches(self, rollout: Rollout, shuffle: torch.Generator) -> Sequence[Tensor]:
-        """Sequence numbers of each micro-batch: whole prompts, shuffled."""
+        """Sequence indices of each micro-batch: whole prompts, shuffled."""
         k = rollout.samples
         prompts = torch.randperm(rollout.num_sequences // k, generator=shuffle)
         if self.micro_batch_tokens is None:
@@ -199,14 +199,14 @@ class OnPolicyModule(PolicyModule):
         return tuple(prompts[sorted(chosen)] for chosen in bins)
 
     def packed(self, rollout: Rollout) -> PackedBatch:
-        """A rollout as a batch, on the device."""
+        """Pack a rollout into a batch on the device."""
         return PackedBatch(*(x.to(self.device) for x in pack(rollout.examples())))
 
     def backward_ptx(self, ptx: PackedBatch | None) -> None:
-        """Gradients of the loss on pretraining text, if there is any."""
+        """Accumulate gradients of the loss on pretraining text, if there is any."""
         if ptx is None or not self.ptx_coef:
             return
-        # First, not last: under DDP the last backward synchronises, and this one does not reach the value parameters.
+        # Run it first: under DDP the last backward synchronises, and this one does not reach the value parameters.
         with self.gradient_sync(on=False):
             loss, count = sft_loss(self.policy(ptx).logps_S)
             total = self.sum_over_ranks([float(count)])[0].item()
@@ -214,10 +214,10 @@ class OnPolicyModule(PolicyModule):
         self.log_all("ppo", {"ptx_loss": loss.detach() / count})
 
     def step(self, take: bool = True) -> Tensor:
-        """An optimizer step and its place in the schedule; returns the norm of the gradients.
+        """Take an optimizer step and advance the schedule; return the gradient norm.
 
-        One that is not taken counts all the same: Trainer.max_steps, the schedule and checkpoints are promised
-        `optimizer_steps_per_batch` of them an iteration.
+        Skipped steps still advance global_step and the schedule, so an iteration always counts
+        `optimizer_steps_per_batch` steps.
         """
         optimizer: Any = self.optimizers()
         norm = self._clip_gradients()
@@ -239,7 +239,7 @@ class OnPolicyModule(PolicyModule):
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def measures(self, rollout: Rollout, scores_Q: Tensor) -> dict[str, Tensor]:
-        """What there is to say of answers and their scores."""
+        """Means of rewards, lengths and finished completions, for the log."""
         return {
             "reward": scores_Q.mean(),
             "length": torch.tensor([float(len(completion.tokens)) for completion in rollout.completions]).mean(),
@@ -248,9 +248,9 @@ class OnPolicyModule(PolicyModule):
         }
 
     def shape_of(self, rollout: Rollout, scores_Q: Tensor) -> dict[str, Tensor]:
-        """Over all ranks: the longest answer, the share cut for want of room, the share of groups that teach nothing.
+        """Over all ranks: longest completion, share cut at the length limit, share of groups without variance.
 
-        A group whose answers all have one score has no advantage, and therefore no gradient of a reward.
+        A group whose completions all score the same has advantage 0, so it gives no gradient.
         """
         lengths = [len(completion.tokens) for completion in rollout.completions]
         most = torch.tensor([float(max(lengths, default=0))])
@@ -263,18 +263,18 @@ class OnPolicyModule(PolicyModule):
         return found
 
     def log_steps(self, stats: Sequence[dict[str, Tensor]]) -> None:
-        """Log of an iteration what every method logs of a step: the rate and the norm are means over its steps."""
+        """Log an iteration as other methods log a step: rate and gradient norm are means over its steps."""
         seen = self.tokens_seen.settle(self.sum_over_ranks(self.tokens_seen.latest()))
         means = {name: torch.stack([s[name] for s in stats]).mean() for name in ("learning_rate", "grad_norm")}
         self.log_tracked({**means, **seen})
 
     def drift(self, rollout: Rollout, picked: Sequence[Tensor], experience: Sequence[Experience]) -> dict[str, Tensor]:
-        """How far training is from sampling before the first step, over all ranks; nothing if the engine does not say.
+        """Drift between engine and trainer before the first step, over all ranks; empty if the engine reports no logps.
 
         Args:
-            rollout: the answers.
+            rollout: the completions.
             picked: sequences of each micro-batch.
-            experience: of each micro-batch; its `logps_S` are the log-probabilities as training computes them.
+            experience: the micro-batches; `logps_S` are log-probabilities as training computes them.
         """
         sampled = rollout.pick(torch.cat(list(picked)).tolist()).sampled_logps()
         if sampled is None:
@@ -286,7 +286,7 @@ class OnPolicyModule(PolicyModule):
     # Evaluation.
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Answer held-out prompts, with the same draws every time: reward, monitors, KL, lengths."""
+        """Sample completions of held-out prompts with fixed seeds; log reward, monitors, KL and lengths."""
         rollout = self.answer(batch, self.sampling, seed=self.seed + batch_idx * 1_009 + self.global_rank)
         packed = self.packed(rollout)
         scored = self.policy(packed, self.sampling.temperature, self.sampling.top_p)

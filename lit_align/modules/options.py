@@ -1,4 +1,4 @@
-"""Options of PPO that make no sense are refused in one line each, before anything is loaded."""
+"""Check the options of on-policy methods before anything is loaded; each error is one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Advantage = Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++", "reinforce++_baseline", "remax"]
 
-# What is accepted, as errors say it. NaN is in no range.
+# Accepted ranges, as errors name them. NaN is in no range.
 FITS: dict[str, Callable[[float], bool]] = {
     "above 0": lambda value: value > 0,
     "above 1": lambda value: value > 1,
@@ -38,14 +38,14 @@ PPO = {
 
 
 def check_ranges(module: object, ranges: Mapping[str, str]) -> None:
-    """Refuse numbers that are out of their range.
+    """Refuse options outside of their range.
 
     Args:
         module: has an attribute for each option.
-        ranges: what is accepted, a key of `FITS` and perhaps ", or null", to names of options.
+        ranges: maps an accepted range (a key of `FITS`, with ", or null" if null is allowed) to names of options.
 
     Raises:
-        ValueError: names the option and what is accepted.
+        ValueError: names the option and the accepted range.
     """
     for accepted, names in ranges.items():
         for name in names.split():
@@ -57,17 +57,17 @@ def check_ranges(module: object, ranges: Mapping[str, str]) -> None:
 
 
 def check_on_policy(module: OnPolicyModule) -> None:
-    """Of `OnPolicyModule`."""
+    """Check the options of `OnPolicyModule`."""
     check_ranges(module, ON_POLICY)
     if module.sampling.temperature == 0:
         raise ValueError("PPO explores by sampling: set sampling.temperature above 0")
     if module.network.head != "own":
-        # Entropies would be asked of one kernel and gradients of another: a first ratio that is nearly 1.
+        # Entropies and gradients would come from different kernels, and the first ratio would be only nearly 1.
         raise ValueError(f"PPO measures entropies, which head {module.network.head} does not give: unset network.head")
 
 
 def check_ppo(module: PPOModule) -> None:
-    """Of `PPOModule`: each by itself, and what does not go together."""
+    """Check the options of `PPOModule`, each alone and in combination."""
     check_ranges(module, PPO)
     advantage = module.advantage
     if advantage not in get_args(Advantage):

@@ -1,4 +1,4 @@
-"""What the three methods that train a language model share: the policy, its reference, and answering prompts."""
+"""Base of the methods that train a language model: the policy, its reference, and sampling."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class PolicyModule(AlignModule):
 
     Args:
         network: the model to train.
-        sampling: how it answers prompts, in `lit-align predict` (and in training, for PPO).
-        seed: of the sampling.
-        engine: what samples; null for the model itself (`TransformersEngine`).
-        base: optimizer, schedule, lr_scheduler; see `AlignModule`.
+        sampling: sampling options of `lit-align predict`, and of training in PPO.
+        seed: seed of the sampling.
+        engine: sampling engine; null for the model itself (`TransformersEngine`).
+        base: optimizer, schedule and lr_scheduler; see `AlignModule`.
     """
 
     policy: LanguageModel
@@ -52,10 +52,10 @@ class PolicyModule(AlignModule):
         self.reference: LanguageModel | None = None
 
     def setup(self, stage: str) -> None:
-        """Refuse a kernel of GPUs on a CPU.
+        """Refuse a GPU kernel on a CPU.
 
         Raises:
-            ValueError: says what to set.
+            ValueError: names the option to change.
         """
         super().setup(stage)
         if self.network.head == "liger" and self.trainer.strategy.root_device.type == "cpu":
@@ -68,29 +68,29 @@ class PolicyModule(AlignModule):
             none = None if self.automatic_optimization else type(self).__name__
             self.router_loss = find_router_loss(self.policy, self.network.router_loss, none)
             if held_model(self.network.name) is not None and hasattr(self.datamodule, "tokenizer"):
-                self.tokenizer = self.datamodule.tokenizer  # the name of a given model may be that of no folder
+                self.tokenizer = self.datamodule.tokenizer  # a model object may have no folder to load one from
             else:
                 self.tokenizer = tokenizer_of(self.network)
             check_new_tokens(self.network.new_tokens, self.tokenizer, getattr(self.datamodule, "tokenizer", None))
 
     def exported(self) -> Any:
-        """The transformers model that the run leaves behind."""
+        """The transformers model to export."""
         return self.policy.hf
 
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: the model's, the tokenizer's, and the end of turn of the data's chat template."""
+        """Tokens that end a completion: those of the model, the tokenizer and the data's chat template."""
         return stop_tokens(self.policy, self.tokenizer, getattr(self.datamodule, "stop_ids", []))
 
     @property
     def datamodule(self) -> Any:
-        """The Trainer's; None where there is none."""
+        """Data module of the Trainer; None if there is none."""
         try:
             return self.trainer.datamodule  # type: ignore[attr-defined]
         except RuntimeError:  # there is no Trainer
             return None
 
     def answer(self, batch: PromptBatch, sampling: Sampling, seed: int) -> Rollout:
-        """Sample answers to prompts; a function of the seed."""
+        """Sample completions of prompts. The same seed gives the same completions."""
         count = min(len(batch.prompts), sampling.batch_size) * sampling.samples
         with memory_for(f"a rollout of {count:,} answers at once", "model.sampling.batch_size"):
             answers = self.engine(self.policy, batch.prompts, sampling, self.stop_ids(), seed)
@@ -100,19 +100,19 @@ class PolicyModule(AlignModule):
 
     @property
     def reference_is_below(self) -> bool:
-        """Whether the policy without its adapters is what training started from."""
+        """True if the policy without its adapters is the model that training started from."""
         return has_lora(self.policy) and self.network.lora is not None and self.network.lora.adapter is None
 
     def load_reference(self, network: Network | None) -> None:
-        """Load it as a frozen copy, unless the policy is an adapter that can be switched off: then it is that.
+        """Load the reference as a frozen copy. If the policy's adapters can be switched off, no copy is needed.
 
         Args:
-            network: another model than the one training starts from.
+            network: reference model; None takes the model that training starts from.
         """
         if network is None and self.reference_is_below:
             return
         start = network or self.network
-        # Of an adapter that goes on training, the reference has that adapter as it was.
+        # If training continues an adapter, the reference has that adapter as it was at the start.
         below = start.adapter or (start.lora.adapter if start.lora is not None else None)
         frozen = replace(start, lora=None, adapter=below, activation_checkpointing=False)
         if frozen.weights == "random":
@@ -121,11 +121,11 @@ class PolicyModule(AlignModule):
 
     @torch.no_grad()
     def reference_logps(self, batch: PackedBatch, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-        """Its log-probabilities of the scored tokens. Shape (S,)."""
+        """Log-probabilities of the scored tokens under the reference, in nats. Shape (S,)."""
         if self.reference is None:
             with adapters_off(self.policy), without_dropout(self.policy):
                 return self.policy(batch, temperature, top_p).logps_S
-        # Lightning puts every child in training mode before each epoch.
+        # Lightning sets every child to training mode before each epoch.
         return self.reference.eval()(batch, temperature, top_p).logps_S
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation against a reward, with a price on leaving the reference."""
+"""Proximal policy optimisation against a reward, with a KL penalty towards the reference."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from lit_align.types import PackedBatch, PromptBatch, Rollout
 class PPOModule(OnPolicyModule):
     """PPO for language models (Ziegler et al. 2019; Ouyang et al. 2022, step 3), with or without a value model.
 
-    One batch of prompts is one iteration: sample answers, score them, price their distance to the reference, estimate
-    advantages, then `epochs` passes of `mini_batches` optimizer steps. Optimization is manual, so the Trainer's
+    One batch of prompts is one iteration: sample completions, score them, subtract the KL penalty, estimate advantages,
+    then take `epochs` passes of `mini_batches` optimizer steps. Optimization is manual: the Trainer's
     `gradient_clip_val` and `accumulate_grad_batches` do not apply; `max_grad_norm` and `micro_batch_size` do.
-    Trainer.max_steps counts optimizer steps, `epochs * mini_batches` of them an iteration.
+    Trainer.max_steps counts optimizer steps, `epochs * mini_batches` per iteration.
 
-    Methods by their published settings, where they are not the defaults:
+    Published settings that differ from the defaults:
 
         RLOO            advantage rloo, sampling.samples 4
         GRPO            advantage grpo, kl_in loss, kl_estimator k3, aggregation sequence
@@ -51,34 +51,36 @@ class PPOModule(OnPolicyModule):
 
     Args:
         network: the policy, an SFT model.
-        reward: what to maximise: a reward model's folder, a Python function, any `Reward`.
-        value: a value model, initialised from this folder (the reward model's, usually), of its own or `shared`; null
-            puts a value head on the policy's trunk. Of gae alone; the other estimators have none.
-        advantage: gae (a value model), rloo, grpo, dr_grpo, reinforce++_baseline (at least two answers to a prompt),
-            reinforce++ (the mean of the rollout) or remax (one more answer to each prompt, the greedy one).
-        clip: epsilon of the policy's ratio.
-        clip_high: epsilon above 1; null for `clip` on both sides.
-        dual_clip: where the advantage is negative, the loss is at most this many times it; null for no such limit.
+        reward: the reward to maximise: a reward model's folder, a Python function, or any `Reward`.
+        value: folder that a value model starts from, usually the reward model's, separate or `shared`; null puts a
+            value head on the policy's hidden states. Only used with advantage gae.
+        advantage: gae (needs a value model); rloo, grpo, dr_grpo or reinforce++_baseline (need at least two
+            completions per prompt); reinforce++ (baseline: the mean of the rollout); or remax (baseline: one more,
+            greedy completion per prompt).
+        clip: epsilon of the policy ratio.
+        clip_high: epsilon above 1; null uses `clip` on both sides.
+        dual_clip: c: where the advantage A is negative, the loss is at most -c A; null for no limit.
         aggregation: token, sequence or constant (length: sampling.max_new_tokens); see `aggregation_weights`.
-        value_clip: how far values may move; null for no limit.
+        value_clip: maximum change of a value in its loss; null for no limit.
         value_coef: weight of the value loss.
         value_lr: learning rate of the value parameters; null for the policy's.
-        value_warmup: iterations at the start in which only the value parameters are trained.
-        discount: gamma; of answers compared as a whole (rloo, grpo ...) it is 1.
-        lambda_: of generalised advantage estimation.
-        kl_coef: price of a nat of KL from the reference.
-        kl_in: reward takes the price from the reward of each token, loss adds it to the loss; see `estimate_kl` for
-            the gradients, and for why the optimum differs.
-        kl_estimator: k1, k2, k3 or k3+, of that price.
-        kl_target: aim at this KL of a sequence, in nats, by adapting `kl_coef`; null keeps it fixed.
+        value_warmup: number of first iterations that train only the value parameters.
+        discount: gamma. Estimators that compare whole completions (rloo, grpo ...) use 1.
+        lambda_: lambda of generalised advantage estimation.
+        kl_coef: coefficient of the KL penalty, per nat.
+        kl_in: reward subtracts the penalty from the reward of each token; loss adds it to the loss. `estimate_kl` gives
+            the gradients, and why the optima differ.
+        kl_estimator: estimator of the penalty: k1, k2, k3 or k3+.
+        kl_target: target KL per sequence, in nats, reached by adapting `kl_coef`; null keeps it fixed.
         kl_horizon: episodes over which the adaptation acts.
-        target_kl: take no more optimizer steps in an iteration once the policy is this far from the one that sampled,
-            in nats a token; they count as steps all the same. Null for no limit.
-        missing_eos_penalty: subtracted from the score of an answer that did not stop.
-        reward_clip: scores are clipped to plus or minus this.
-        whiten_rewards: scale the rewards of a rollout to variance 1, their mean kept.
-        whiten_advantages: over the whole rollout and all ranks; null for gae and both forms of reinforce++ alone.
-        options: those of `OnPolicyModule`; `sampling` is how rollouts are drawn, `sampling.samples` of each prompt.
+        target_kl: skip further optimizer steps of an iteration once the policy has moved this far from the one that
+            sampled, in nats per token; skipped steps still count. Null for no limit.
+        missing_eos_penalty: subtracted from the score of a completion that did not stop.
+        reward_clip: clip scores to plus or minus this value; null for no limit.
+        whiten_rewards: scale the rewards of a rollout to variance 1 and keep their mean.
+        whiten_advantages: whiten over the whole rollout and all ranks; null: only with gae and both forms of
+            reinforce++.
+        options: options of `OnPolicyModule`; `sampling` is how rollouts are drawn, `sampling.samples` per prompt.
     """
 
     value: Scorer | ValueHead | None
@@ -138,7 +140,7 @@ class PPOModule(OnPolicyModule):
         self.load_rewards()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Policy and value parameters, the latter at a rate of their own if asked."""
+        """Parameter groups of policy and value model; the latter at `value_lr` if it is set."""
         policy, value = trained_apart(self.policy, self.value)
         groups: list[dict[str, Any]] = [{"params": policy}]
         if value:
@@ -146,17 +148,17 @@ class PPOModule(OnPolicyModule):
         return groups
 
     def forward(self, batch: PackedBatch) -> tuple[TokenScores, Tensor | None]:
-        """What the policy says of each scored token, and the value model, if there is one, of the state before it."""
+        """Policy scores of each scored token, and the value of the state before it if there is a value model."""
         scored = self.scores(batch)
         return scored, self.values(batch, scored)
 
     def scores(self, batch: PackedBatch, entropies: bool = False) -> TokenScores:
-        """What the policy says of each scored token, under the distribution that it was drawn from."""
+        """Policy scores of each scored token, under the distribution that it was sampled from."""
         with self.working_on(batch):
             return self.policy(batch, self.sampling.temperature, self.sampling.top_p, entropies)
 
     def values(self, batch: PackedBatch, scored: TokenScores) -> Tensor | None:
-        """What the value model, if there is one, says of the state before each scored token."""
+        """Value of the state before each scored token; None without a value model. Shape (S,)."""
         if isinstance(self.value, ValueHead):
             return self.value(scored.hidden_SH)
         with self.working_on(batch):
@@ -166,7 +168,7 @@ class PPOModule(OnPolicyModule):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """One iteration: rollout, reward, advantages, epochs of mini-batches."""
-        # A seed of (run, iteration, rank): a resumed run draws what the uninterrupted one would have drawn.
+        # The seed depends on run, iteration and rank, so a resumed run draws the same samples.
         seed = (self.seed * 1_000_003 + self.iteration) * 1_009 + self.global_rank
         with self.changing_nothing():
             rollout = self.answer(batch, self.sampling, seed)
@@ -193,14 +195,14 @@ class PPOModule(OnPolicyModule):
 
     @torch.no_grad()
     def score(self, rollout: Rollout, shuffle: torch.Generator, greedy_Q: Tensor | None = None) -> list[Experience]:
-        """Score a rollout and estimate advantages, in micro-batches of whole prompts in shuffled order."""
+        """Score a rollout and estimate advantages, in shuffled micro-batches of whole prompts."""
         with self.changing_nothing():
             scores_Q = self.shaped_scores(rollout)
         experience, token_rewards, kls = [], [], []
         entropies: list[Any] = []
         picked = self.micro_batches(rollout, shuffle)
-        # The first update's forward is this very one, and not repeated where a single micro-batch is all there is. DDP
-        # wants a forward of its own, and a loss on text comes between.
+        # If there is a single micro-batch, the first update reuses this forward. DDP needs its own forward, and a ptx
+        # loss comes in between.
         reused = len(picked) == 1 and not self.one_backward and not self.ptx_coef
         for sequences in picked:
             batch = self.packed(rollout.pick(sequences.tolist()))
@@ -213,7 +215,7 @@ class PPOModule(OnPolicyModule):
                 reward_S = -self.kl_coef * estimate_kl(logps_S, reference_S, self.kl_estimator)
             else:
                 reward_S = torch.zeros_like(logps_S)
-            # The score belongs to the last token that was sampled: the stop token, or the last before the cut.
+            # The score goes to the last sampled token: the stop token, or the last one before the cut.
             token_rewards.append(add_at_ends(reward_S, scores_Q[sequences].to(reward_S), batch.sequence_S))
             old = Experience(batch, logps_S, reward_S, reference_S, values_S, scored=scored if reused else None)
             experience.append(old)
@@ -229,7 +231,7 @@ class PPOModule(OnPolicyModule):
         return self._with_advantages(experience, token_rewards, baselines)
 
     def shaped_scores(self, rollout: Rollout) -> Tensor:
-        """The reward of each answer, as PPO takes it. Shape (Q,)."""
+        """Reward of each completion after the EOS penalty and clipping. Shape (Q,)."""
         scores_Q = self.reward(rollout)
         self.log_all("ppo", self.measures(rollout, scores_Q), prog_bar=("reward",))
         self.log_all("ppo", self.shape_of(rollout, scores_Q))
@@ -237,7 +239,7 @@ class PPOModule(OnPolicyModule):
 
     @torch.no_grad()
     def greedy_scores(self, batch: PromptBatch) -> Tensor:
-        """The reward of the most probable answer to each answer's prompt. Shape (Q,)."""
+        """Reward of the greedy completion of each completion's prompt. Shape (Q,)."""
         rollout = self.answer(batch, replace(self.sampling, temperature=0.0, samples=1), seed=0)
         scores_E = self._shaped(rollout, self.reward(rollout))
         return scores_E.repeat_interleave(self.sampling.samples)
@@ -265,7 +267,7 @@ class PPOModule(OnPolicyModule):
             explained = explained_variance(self.over_ranks(values_S), self.over_ranks(returns_S))
             self.log_all("ppo", {"explained_variance": explained})
         if self.whiten_advantages:
-            # Over the whole rollout and all ranks: per mini-batch or rank it would depend on how the work is cut up.
+            # Over the whole rollout and all ranks, so that the result does not depend on how the work is split.
             advantages_S = whiten(advantages_S, *self.moments_over_ranks(advantages_S))
         return [
             old._replace(advantages_S=advantages, returns_S=returns)
@@ -273,7 +275,7 @@ class PPOModule(OnPolicyModule):
         ]
 
     def estimate(self, reward_S: Tensor, old: Experience, greedy_Q: Tensor | None) -> tuple[Tensor, Any]:
-        """Advantages of a micro-batch, and the returns that its values are to learn, if there are values."""
+        """Advantages of a micro-batch, and the returns for the value loss (None without a value model)."""
         sequence_S, num_sequences = old.batch.sequence_S, old.batch.num_sequences
         if old.values_S is not None:
             return gae(reward_S, old.values_S, sequence_S, num_sequences, self.discount, self.lambda_)
@@ -285,12 +287,12 @@ class PPOModule(OnPolicyModule):
         return GROUP_ADVANTAGES[self.advantage](rewards_Q, self.sampling.samples)[sequence_S], None
 
     def update(self, mini_batch: Sequence[Experience], ptx: PackedBatch | None) -> dict[str, Tensor]:
-        """One optimizer step on a mini-batch, a micro-batch at a time; returns means over its tokens."""
+        """Take one optimizer step on a mini-batch, one micro-batch at a time; return means over its tokens."""
         warming_up = self.iteration < self.value_warmup
         how = self.aggregation, self.sampling.max_new_tokens
         weights = [aggregation_weights(old.batch.sequence_S, old.batch.num_sequences, *how) for old in mini_batch]
         tokens, count = sum(old.batch.num_scored for old in mini_batch), sum(number for _, number in weights)
-        # Losses are means over the mini-batch on all ranks, whatever it is cut into.
+        # Losses are means over the whole mini-batch on all ranks, independent of micro-batches.
         scale = self.trainer.world_size / self.sum_over_ranks([float(count)])[0].item()
         if not warming_up:
             self.backward_ptx(ptx)
@@ -312,17 +314,17 @@ class PPOModule(OnPolicyModule):
             for name, total in zip(sums, totals, strict=True)
         }
         if warming_up:
-            # A parameter without a gradient is one that the optimizer leaves alone, its weight decay and all.
+            # The optimizer skips parameters without a gradient, weight decay included.
             for parameter in self.parameter_groups()[0]["params"]:
                 parameter.grad = None
         rate = learning_rate(self.optimizers())
         return {**means, "learning_rate": rate, "grad_norm": self.step(take=not self.too_far(means["approx_kl"]))}
 
     def gradients(self, old: Experience, weights_S: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward and backward of a micro-batch; returns its log-probabilities and each loss of each token."""
+        """Run forward and backward of a micro-batch; return its log-probabilities and its losses per token."""
         scored = self.scores(old.batch) if old.scored is None else old.scored
         logps_S, losses = scored.logps_S.detach(), self.policy_losses(old, scored.logps_S)
-        # A value model of its own comes after the policy, whose activations are gone by then; but for DDP, which holds
+        # Run a separate value model after the policy's backward has freed its activations. DDP needs one backward for
         # both.
         apart = self.value is not None and not isinstance(self.value, ValueHead) and not self.one_backward
         if apart:
@@ -334,7 +336,7 @@ class PPOModule(OnPolicyModule):
         return logps_S, {name: loss_S.detach() for name, loss_S in losses.items()}
 
     def policy_losses(self, old: Experience, logps_S: Tensor) -> dict[str, Tensor]:
-        """Each loss of the policy, of each token."""
+        """Policy losses per token, by name."""
         clips = self.clip, self.clip_high, self.dual_clip
         losses = {"policy_loss": ppo_policy_loss(logps_S, old.logps_S, old.advantages_S, *clips)}
         if self.kl_in == "loss":
@@ -342,23 +344,23 @@ class PPOModule(OnPolicyModule):
         return losses
 
     def backward_of(self, losses: dict[str, Tensor], weights_S: Tensor) -> None:
-        """Gradients of the weighted sum of losses."""
+        """Backward of the weighted sum of losses."""
         coefficients = {"policy_loss": 1.0, "value_loss": self.value_coef, "kl_loss": self.kl_coef}
         loss_S = torch.stack([coefficients[name] * loss for name, loss in losses.items()]).sum(0)
         self.manual_backward((weights_S * loss_S).sum())
 
     def too_far(self, approx_kl: Tensor) -> bool:
-        """Whether the policy is further than `target_kl` from the one that sampled."""
+        """True if the policy has moved more than `target_kl` from the one that sampled."""
         return self.target_kl is not None and approx_kl.item() > self.target_kl
 
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the iteration depends on beside weights and optimizer."""
+        """Save the iteration and the KL coefficient."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["ppo"] = {"iteration": self.iteration, "kl_coef": self.kl_coef}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
+        """Restore the iteration and the KL coefficient."""
         super().on_load_checkpoint(checkpoint)
         self.iteration, self.kl_coef = checkpoint["ppo"]["iteration"], checkpoint["ppo"]["kl_coef"]

@@ -1,4 +1,4 @@
-"""A policy that is held against a reference: live in every step, or asked once and its answers kept between runs."""
+"""A policy and its frozen reference, whose log-probabilities are computed in every step or cached between runs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lit_align.utils.cache_folder import cache_folder, can_keep
 
 
 class ReferencedModule(PolicyModule):
-    """A policy and the frozen model it is compared with, on preferences.
+    """A policy and its frozen reference, for methods on preferences.
 
     Args:
         network: the policy.
-        reference: another model than the one training starts from.
-        cache_reference: ask the reference about every answer once, before training, keep what it said for later runs,
-            and free its memory.
-        options: those of `PolicyModule`.
+        reference: reference model; null takes the model that training starts from.
+        cache_reference: compute the reference's log-probability of each completion once before training, cache them for
+            later runs, and free the reference.
+        options: options of `PolicyModule`.
     """
 
     needs_reference = True
@@ -41,7 +41,7 @@ class ReferencedModule(PolicyModule):
         self.reference_table: ReferenceTable | None = None
 
     def on_fit_start(self) -> None:
-        """With `cache_reference`, let the reference go once it has said all that training will ask."""
+        """Free the reference model after its log-probs are cached."""
         super().on_fit_start()
         if self.cache_reference and self.needs_reference:
             self.reference_table = reference_table(self)
@@ -49,26 +49,26 @@ class ReferencedModule(PolicyModule):
                 self.reference = None
 
     def reference_sums(self, batch: PreferenceBatch) -> Tensor:
-        """What the reference says of each answer. Shape (Q,)."""
+        """Log-probability of each completion under the reference, in nats. Shape (Q,)."""
         if self.reference_table is not None and batch.key_E is not None and self.trainer.state.fn == "fit":
             return self.reference_table.lookup(batch.key_E).to(self.device)
-        if self.reference is None and not self.reference_is_below:  # let go by a fit before
+        if self.reference is None and not self.reference_is_below:  # freed by an earlier fit
             self.load_reference(self.reference_network)
             self.reference = self.reference.to(self.device)  # type: ignore[attr-defined]
         return live_sums(self, batch.packed)
 
 
 def reference_table(module: PolicyModule) -> ReferenceTable | None:
-    """Read the table from the cache, or make it, each process its share, and keep it there.
+    """Read the table from the cache, or compute it (each rank its share) and cache it.
 
-    The cache's key is what the numbers depend on: the reference's weights, the rows as they were tokenised (tokenizer,
-    template, truncation), and the precision it computes in. Another one of these is another file.
+    The cache key covers everything that the numbers depend on: the weights of the reference, the tokenised rows
+    (tokenizer, template, truncation), and the precision.
 
     Args:
-        module: holds the reference, on its device, and the Trainer with its data module.
+        module: holds the reference on its device, and the Trainer with its data module.
 
     Returns:
-        The table; None, with a warning, where the cache folder cannot be written: the reference then stays live.
+        The table; None, with a warning, if the cache folder is not writable. The reference then stays in memory.
 
     Raises:
         ValueError: the data module cannot list its examples.
@@ -109,7 +109,7 @@ def _compute(module: PolicyModule, data: Any) -> dict[int, Tensor]:
 
 
 def live_sums(module: PolicyModule, packed: PackedBatch) -> Tensor:
-    """Log-probability of each sequence, by the live reference. Shape (Q,)."""
+    """Log-probability of each sequence under the loaded reference, in nats. Shape (Q,)."""
     return sum_by_sequence(module.reference_logps(packed), packed.sequence_S, packed.num_sequences)
 
 

@@ -1,4 +1,4 @@
-"""Reward modelling: a scalar per answer, learnt from how people ranked answers to one prompt."""
+"""Reward modelling: learn a scalar score per completion from rankings of the completions of a prompt."""
 
 from __future__ import annotations
 
@@ -28,20 +28,21 @@ from lit_align.types import PreferenceBatch
 
 
 class RewardModule(AlignModule):
-    """Trains a reward model (Ouyang et al. 2022, step 2). One example is one prompt with all its ranked answers.
+    """Train a reward model (Ouyang et al. 2022, step 2). An example is one prompt with all its ranked completions.
 
     Args:
-        network: backbone; the scalar head is new, unless the folder has one.
-        loss: bradley_terry on all pairs of a prompt, each weighted 1 / C(K, 2), and by the share of people who prefer
-            the one where the rows tell it; plackett_luce on whole rankings; davidson, Bradley-Terry with a probability
-            of ties, which otherwise are left out; regression, the squared distance to the rows' `scores`, its mean
-            over a prompt's answers. What ties has to be kept by the data (`keep_ties`).
-        label_smoothing: how often labels are taken to be wrong (bradley_terry).
+        network: backbone; the scalar head is new unless the folder has one.
+        loss: bradley_terry on all pairs of a prompt, each weighted 1 / C(K, 2), and by the share of annotators if the
+            rows have it; plackett_luce on whole rankings; davidson, which is Bradley-Terry with a probability of ties
+            (the other losses leave ties out; the data must keep them: `keep_ties`); regression, the squared distance to
+            the rows' `scores`, averaged over the completions of a prompt.
+        label_smoothing: assumed share of wrong labels (bradley_terry).
         centering: weight of (better + worse)^2, which keeps scores near 0 (bradley_terry).
         log_tie: log of Davidson's tie parameter.
-        normalize: after each validation, shift and scale rewards to mean 0 and variance 1 on its answers, and so in the
-            exported folder: a KL coefficient then means the same. null: unless regression keeps the scale of grades.
-        options: those of `AlignModule`.
+        normalize: after each validation, shift and scale rewards to mean 0 and variance 1 on its completions, in the
+            exported folder too, so that a KL coefficient keeps its meaning. null: true except for regression, which
+            keeps the scale of the scores.
+        options: options of `AlignModule`.
     """
 
     scorer: ScalarModel
@@ -78,8 +79,8 @@ class RewardModule(AlignModule):
             self.router_loss = find_router_loss(self.scorer, self.network.router_loss)
 
     def exported(self) -> Any:
-        """The transformers model that the run leaves behind."""
-        # A checkpoint brings the buffers back, not the configuration that is saved.
+        """The transformers model to export."""
+        # A checkpoint restores the buffers, not the configuration that is exported; write them there.
         self.scorer.normalize(self.scorer.mean.item(), self.scorer.std.item())
         return self.scorer.hf
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning; on plain text, pretraining."""
+"""Supervised fine-tuning, and pretraining on plain text."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from lit_align.types import PackedBatch
 
 
 class SFTModule(PolicyModule):
-    """Trains a language model to say what the demonstrations say (Ouyang et al. 2022, step 1).
+    """Train a language model on demonstrations (Ouyang et al. 2022, step 1).
 
-    Which tokens count is the data's business: a batch lists them. Whatever is trained on, validation is plain negative
-    log-likelihood, of all held-out tokens and of those of each source.
+    The data decides which tokens are scored; a batch lists them. Validation always reports the plain negative
+    log-likelihood, over all held-out tokens and per source.
 
     Args:
         network: the model to train.
-        loss: a name of `functional/sft.py`: nll, or dft to weigh tokens by their probability (Wu et al. 2025).
+        loss: nll, or dft, which weights tokens by their probability (Wu et al. 2025); see `functional/sft.py`.
         neftune_alpha: size of the noise on embeddings in training (Jain et al. 2023); null for none.
-        options: those of `PolicyModule`.
+        options: options of `PolicyModule`.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class SFTModule(PolicyModule):
         super().__init__(network, **options)
         if neftune_alpha is not None and neftune_alpha < 0:
             raise ValueError(f"neftune_alpha must not be negative, got {neftune_alpha}; null adds no noise")
-        if neftune_alpha and network.compile:  # compiled code does not look for hooks that come later
+        if neftune_alpha and network.compile:  # compiled code ignores hooks that are added later
             raise ValueError("neftune_alpha does not reach compiled code: unset it, or network.compile")
         self.loss_function = SFT_LOSSES[loss]
         self.neftune_alpha = neftune_alpha
@@ -43,7 +43,7 @@ class SFTModule(PolicyModule):
         self.means = Means("token_accuracy")
 
     def micro_step(self, batch: PackedBatch) -> Tensor:
-        """The loss of the scored tokens, and the share of them that are the most probable ones."""
+        """Loss of the scored tokens, and their accuracy (share that is the most probable token)."""
         if not self.neftune_alpha:
             return self._loss(batch)
         with noisy_embeddings(self.policy, batch, self.neftune_alpha, seed=self.seed * 1_000_003 + self.global_step):
@@ -55,7 +55,7 @@ class SFTModule(PolicyModule):
         return self.accumulate(*self.loss_function(scored.logps_S), **accuracy)
 
     def validation_step(self, batch: PackedBatch, batch_idx: int) -> None:
-        """Negative log-likelihood, to be a mean over all tokens of the held-out set."""
+        """Update the negative log-likelihood; its mean is over all held-out tokens."""
         scored = self.policy(batch, hits=True)
         logps_S = scored.logps_S
         loss, tokens = sft_loss(logps_S)
@@ -65,7 +65,7 @@ class SFTModule(PolicyModule):
             self.means.update(token_accuracy=(scored.hits_S.sum(), tokens))
 
     def on_validation_epoch_end(self) -> None:
-        """Nats per token, and their exponential."""
+        """Log the loss in nats per token, the perplexity and the accuracy."""
         loss = self.loss.compute()
         self.loss.reset()
         self.log(f"{self.stage}/loss", loss, prog_bar=True)
@@ -76,7 +76,7 @@ class SFTModule(PolicyModule):
         self._log_by_source()
 
     def _log_by_source(self) -> None:
-        """The loss of each source, where the batches say which there are, and there are several."""
+        """Log the loss of each source, if there are several."""
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         names = getattr(datamodule, "evaluated", [])
         if self.loss_by_source.update_called and len(names) > 1:
