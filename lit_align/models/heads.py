@@ -1,4 +1,4 @@
-"""Whose work a language model's vocabulary head is: what keeps another's kernel from being used."""
+"""Choose which kernel computes the vocabulary head, and why a kernel cannot be used."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from lit_align.functional.fused_heads import liger_logprobs, torch_logprobs
 from lit_align.models.network import Head
 
-# Each takes states, the head's matrix, targets and the temperature.
+# Each takes hidden states, the head's weights, targets and the temperature.
 FUSED = {"torch": torch_logprobs, "liger": liger_logprobs}
 
 
 def check_installed(head: Head) -> None:
-    """Refuse a head that is not there.
+    """Refuse a kernel that is not installed.
 
     Raises:
-        ValueError: torch is too old for its own, or Liger is not installed.
+        ValueError: torch is too old for `head: torch`, or Liger is not installed.
     """
     if head == "torch" and not hasattr(nn, "LinearCrossEntropyOptions"):
         raise ValueError(
@@ -29,14 +29,14 @@ def check_installed(head: Head) -> None:
 
 
 def obstacle(head: Head, states_SH: Tensor, temperature: float, top_p: float, entropies: bool) -> str | None:
-    """Why a batch cannot be scored by the head that was asked for; None if it can.
+    """Reason why the requested kernel cannot score a batch; None if it can.
 
     Args:
         head: torch or liger.
-        states_SH: in the precision of the head's product. Shape (S, H).
+        states_SH: hidden states in the precision of the head's product. Shape (S, H).
         temperature: divides the logits.
         top_p: mass of the nucleus.
-        entropies: whether they are asked for.
+        entropies: whether entropies are needed.
     """
     half = states_SH.dtype in (torch.bfloat16, torch.float16)
     obstacles = {

@@ -151,7 +151,7 @@ def _using(model: nn.Module, names: list[str] | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """A model in training that is asked as one that is not."""
+    """Switch to eval mode (no dropout) inside the block."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -162,7 +162,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def same_adapters(model: nn.Module) -> Callable[[], tuple[Any, Any]]:
-    """For activation checkpointing: what is computed again in backward has the adapters that it had the first time.
+    """For activation checkpointing: recompute with the adapters that were active in the forward.
 
     By the time of backward another role may be at work, and its adapters would be differentiated, silently.
     """

@@ -99,35 +99,35 @@ class Network:
     """A model from the hub, from a folder, or with random weights from a configuration.
 
     Attributes:
-        name: hub name or folder, in Hugging Face format. The folder of an adapter stands for the model that it was
-            trained on with the adapter folded in.
-        adapter: folder of an adapter to fold into the model of that name.
-        new_tokens: special tokens that the tokenizer lacks, as in <|im_start|> and <|im_end|>. Each gets a row of the
-            embeddings, which starts as the mean of all rows; with `lora` the embeddings are then trained whole.
-        weights: pretrained, or random to take only the configuration and start from scratch.
-        dtype: of the weights in memory. The default keeps fp32 master weights; lower precision for computing is the
-            Trainer's `precision`.
-        dropout: set every dropout of the model to this; null keeps the model's own.
+        name: hub name or folder, in Hugging Face format. The folder of an adapter means its base model with the adapter
+            merged in.
+        adapter: folder of an adapter to merge into the model `name`.
+        new_tokens: special tokens to add to the tokenizer, such as <|im_start|> and <|im_end|>. Each gets an embedding
+            row that starts as the mean of all rows. With `lora`, the embeddings are then trained as a whole.
+        weights: pretrained; or random, which takes only the configuration and starts from scratch.
+        dtype: dtype of the weights in memory. The default keeps fp32 master weights; the Trainer's `precision` chooses
+            the precision of computation.
+        dropout: value for every dropout of the model; null keeps those of its configuration.
         lora: train low-rank adapters and freeze the rest.
-        attention: attention implementation; null lets transformers choose. flex_attention, of GPUs, skips what the
-            mask of packed rows hides, which sdpa computes.
+        attention: attention implementation; null lets transformers choose. flex_attention (GPUs only) skips the masked
+            parts of packed rows; sdpa computes them.
         activation_checkpointing: recompute activations in backward to save memory.
-        compile: run packed batches through torch.compile, with dynamic shapes and a dense mask; sampling is as it was.
-            A CPU needs a C++ compiler for it. What it gains was not measured.
-        kernels: of `lit_align.accelerate`, those that this model uses on a CPU, each where a probe finds that it
+        compile: run packed batches through torch.compile, with dynamic shapes and a dense mask; sampling is not
+            compiled. On a CPU it needs a C++ compiler. The gain was not measured.
+        kernels: kernels of `lit_align.accelerate` that this model uses on a CPU, each only if a probe finds that it
             computes the same; null for all, [] for the model as transformers runs it.
-        head: what computes a language model's log-probabilities where its logits are too many to be held; where they
-            are few, they are held. own: lit_align's pass, which makes them again in backward. torch: its
-            `linear_cross_entropy`, of torch 2.13 and computing in fp32: less memory, and on a CPU more time. liger:
-            Liger's kernel, of GPUs (extra `liger`). What these two do not do (entropies, a nucleus, a head that is more
-            than a product) falls to the own one, and the log says so. PPO takes the own one alone.
-        router_loss: weight of the load-balancing loss of a mixture of experts in SFT, DPO and reward models; null is
-            what the model's configuration says: `router_aux_loss_coef` if it has `output_router_logits: true`, else 0.
-            PPO adds none. Where `dropout` is a number, noise in the routing is off too.
+        head: kernel that computes log-probabilities if the logits are too many to keep in memory (few logits are kept).
+            own: lit_align's kernel, which recomputes logits in backward. torch: `linear_cross_entropy` of torch 2.13,
+            in fp32: less memory, and slower on a CPU. liger: Liger's GPU kernel (extra `liger`). Cases that torch and
+            liger do not support (entropies, a nucleus, a head that is more than a product) fall back to own, and the
+            log says so. PPO supports only own.
+        router_loss: weight of the load-balancing loss of a mixture of experts in SFT, DPO and reward models. null takes
+            `router_aux_loss_coef` of the model's configuration if that has `output_router_logits: true`, else 0. PPO
+            adds none. If `dropout` is a number, routing noise is off too.
         trust_remote_code: run model code that comes with the weights.
         revision: hub revision.
-        shared: of PPO's value and reward: no model of its own, but adapters and a head on the policy's backbone. `name`
-            is the folder of a reward model's adapter; or the policy's own name, for a value that starts anew by `lora`.
+        shared: only for PPO's value and reward: use adapters and a head on the policy's backbone instead of a separate
+            model. `name` is the folder of a reward model's adapter, or the policy's own name for a new value adapter.
     """
 
     name: str
@@ -152,7 +152,7 @@ class Network:
             raise ValueError(f"network.kernels: {wrong[0]!r} is none of {', '.join(KERNELS)}")
         if self.router_loss is not None and not (0 <= self.router_loss < float("inf")):
             raise ValueError(f"network.router_loss must be 0 or more, got {self.router_loss}")
-        # From Python, a model or a Path; the folder of a run stands for the model in it.
+        # In Python, `name` may be a model object or a Path. The folder of a run means the model in it.
         if not isinstance(self.name, (str, os.PathLike)):
             self.name = ModelName(self.name)
         if not isinstance(self.name, ModelName):
@@ -174,10 +174,10 @@ class Network:
 
 
 def as_network(given: Network | str | os.PathLike[str]) -> Network:
-    """A network from its options, or from its name or folder alone.
+    """Make a network from a network, or from a name or folder.
 
     Raises:
-        TypeError: neither of them.
+        TypeError: the argument is none of these.
     """
     if isinstance(given, Network):
         return given

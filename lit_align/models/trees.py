@@ -162,7 +162,7 @@ class TreeModel(nn.Module):
     Attributes:
         hf: the transformers model, head included.
         by_tree: whether it attends tree by tree, which is faster on a CPU.
-        packs: whether the backbone takes trees at all.
+        packs: whether the backbone supports packed trees.
         pads: whether sequences of different length may be padded.
         switch: see `length_switch`.
         thrifty: whether its last layer can be computed for single tokens.
@@ -172,11 +172,11 @@ class TreeModel(nn.Module):
         super().__init__()
         self.hf = hf
         self.switch = length_switch(hf.config)
-        # Not what is compiled: tree by tree there is another graph for every number of trees.
+        # Skip when compiled: each tree count would trigger a recompile.
         by_tree = attends_by_tree(self.backbone) and not self._compiled
         self.by_tree = by_tree and _takes_trees(self.backbone, by_tree=True)
         self.packs = self.by_tree or _takes_trees(self.backbone)
-        # Hooks that come and go would be compiled again and again.
+        # Skip when compiled: changing hooks would trigger recompiles.
         thrifty = self.packs and not self._compiled and "last_layer" in kernels_of(hf)
         self.thrifty = thrifty and _takes_trees(self.backbone, self.by_tree, thrifty=True)
         self.pads = self.packs or _same_as_alone(self.backbone, read_states_unpacked)
