@@ -108,11 +108,11 @@ def test_every_stage_can_be_made(
     if stage.kind == "call":
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--step", type=Step)
-        with importable([file]):
+        with importable([file, stage.file]):
             step = parser.instantiate(parser.parse_object({"step": stage.config})).step
         assert callable(step.run)
         return
-    with importable([file]):
+    with importable([file, stage.file]):
         command = instantiated(file, stage, model, tmp_path / "out")
     assert isinstance(command.model, LightningModule)
     assert isinstance(command.datamodule, LightningDataModule)

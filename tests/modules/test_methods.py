@@ -290,7 +290,7 @@ def test_no_checkpoint_in_the_middle_of_an_accumulation(place: Path) -> None:
     saved = []
 
     class Noting(RunCheckpoint):
-        def _save_topk_checkpoint(self, trainer: Trainer, candidates: dict) -> None:
+        def _write(self, trainer: Trainer, path: str) -> None:
             saved.append(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     run = trainer(
