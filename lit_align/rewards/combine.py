@@ -1,4 +1,4 @@
-"""Several rewards as one: their weighted sum, or the careful opinion of an ensemble of reward models."""
+"""Combine several rewards: a weighted sum, or an ensemble of reward models."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lit_align.utils.names import unseen
 
 
 class CombinedReward(Reward):
-    """Base: several rewards, and what each of them said.
+    """Base of rewards that combine others.
 
     Args:
-        rewards: any rewards.
-        names: what the logs call them; null for the names of their functions and classes, numbered where they repeat.
+        rewards: the rewards to combine.
+        names: names in the logs; null takes the names of functions and classes, numbered if they repeat.
     """
 
     def __init__(self, rewards: list[Reward], names: list[str] | None = None) -> None:
@@ -40,7 +40,7 @@ class CombinedReward(Reward):
         self._said: dict[str, Tensor] = {}
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load each."""
+        """Load each reward."""
         for reward in self.rewards:
             reward.load(tokenizer)  # type: ignore[operator]
 
@@ -54,21 +54,21 @@ class CombinedReward(Reward):
         return self.combine(torch.stack(scores))
 
     def parts(self) -> dict[str, Tensor]:
-        """What each reward said last, before weights."""
+        """Last scores of each reward, before weights."""
         return self._said
 
     def combine(self, score_MQ: Tensor) -> Tensor:
-        """One score out of those of the M rewards. Shape (Q,)."""
+        """Combine the scores of the M rewards into one. Shape (Q,)."""
         raise NotImplementedError(f"{type(self).__name__} must implement combine")
 
 
 class SumReward(CombinedReward):
-    """Several rewards at once, each times its weight: the right answer, and a little for its form.
+    """Weighted sum of rewards, such as the right answer plus a little for its format.
 
     Args:
-        rewards: any rewards.
-        weights: one for each; 1 where not given.
-        names: see `CombinedReward`; each is logged as `ppo/reward_NAME`, before its weight.
+        rewards: the rewards to sum.
+        weights: one weight per reward; null takes 1 for each.
+        names: see `CombinedReward`; each reward is logged as `ppo/reward_NAME` before its weight.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class SumReward(CombinedReward):
 
 
 class EnsembleReward(CombinedReward):
-    """Reward models that were trained alike but for their seed, so that a policy that fools one does not fool all.
+    """Ensemble of reward models that differ in their seed, so that a policy that fools one does not fool all.
 
     Each member and the standard deviation between them are logged (`ppo/reward_NAME`, `ppo/reward_deviation`). Members
-    have to share a scale, as RewardModule's `normalize` and NormalizeReward give them.
+    must share a scale, as after RewardModule's `normalize` or NormalizeReward.
 
     Args:
         rewards: the members, usually `ModelReward`s of several folders.
         combine: mean; minimum (WCO); or uncertainty, the mean minus `coef` times the variance between them (UWO).
-        coef: price of the variance; the paper takes 0.1 in PPO and 0.5 in best-of-n.
+        coef: weight of the variance; the paper uses 0.1 in PPO and 0.5 in best-of-n.
         names: see `CombinedReward`.
 
     Source: Coste et al. 2023, "Reward Model Ensembles Help Mitigate Overoptimization", section 3.

@@ -1,4 +1,4 @@
-"""A reward from less than its options: a reward model's folder, or a Python function."""
+"""Short forms of rewards: the folder of a reward model, or a Python function."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lit_align.rewards.protocol import Reward
 
 
 def reward_spec(text: str) -> dict[str, Any] | None:
-    """The class and options of a reward that is given as a text alone; None if the text names a class.
+    """Expand a reward that is given as text to class and options; None if the text names a class.
 
-    A folder that exists, or a text with a slash, is a reward model's folder or name on the hub. `module.function` is a
-    Python function.
+    A folder that exists, or text with a slash, is a reward model's folder or hub name. `module.function` is a Python
+    function.
     """
     if "/" in text or os.path.isdir(text):
         return {"class_path": "lit_align.ModelReward", "init_args": {"network": {"name": text}}}
@@ -35,10 +35,10 @@ def reward_spec(text: str) -> dict[str, Any] | None:
 
 
 def as_reward(given: Any) -> Reward:
-    """A reward as it is, from a reward model's folder, or from a function of (rows, completions).
+    """Make a reward from a reward, a reward model's folder, or a function of (rows, completions).
 
     Raises:
-        TypeError: none of them.
+        TypeError: the argument is none of these.
     """
     if isinstance(given, Reward):
         return given

@@ -21,15 +21,15 @@ from lit_align.types import Example, PackedBatch, Rollout, Segment
 
 
 class ModelReward(Reward):
-    """Scores completions with a folder that RewardModule exported, or any sequence classifier with one label.
+    """Score completions with a folder that RewardModule exported, or with any sequence classifier with one label.
 
-    Where the policy has the same vocabulary and the same chat template its very tokens are scored; otherwise prompt and
-    answer are written in the reward model's own chat template and tokenised anew.
+    If the policy has the same vocabulary and chat template, its tokens are scored directly. Otherwise prompt and
+    completion are written with the reward model's own chat template and tokenised again.
 
     Args:
-        network: which model: `{name: FOLDER}`.
+        network: the reward model, `{name: FOLDER}`.
         batch_size: sequences scored together.
-        template: of prompts that are plain text, as `data.template` of the run that trained the reward model.
+        template: handling of plain-text prompts: `data.template` of the run that trained the reward model.
     """
 
     def __init__(self, network: Network, batch_size: int = 64, template: Template = "auto") -> None:
@@ -42,11 +42,11 @@ class ModelReward(Reward):
 
     @property
     def title(self) -> str:
-        """With its folder."""
+        """The reward model with its folder."""
         return f"the reward model {self.network.name}"
 
     def attach(self, policy: LanguageModel) -> None:
-        """Put the adapter on the policy's backbone, if that is asked for; see `Reward`."""
+        """Put the adapter on the policy's backbone if `network.shared` is set; see `Reward`."""
         if self.network.shared and self.model is None:
             self.network.name = expand(self.network.name)
             role = f"reward_{len(policy.hf.peft_config)}" if has_lora(policy) else "reward"
@@ -68,7 +68,7 @@ class ModelReward(Reward):
     def forward(self, rollout: Rollout) -> Tensor:
         """Normalised rewards, shape (Q,)."""
         assert self.model is not None, "load() comes first"
-        self.model.eval()  # whatever the trainer did: a reward must not drop units
+        self.model.eval()  # the Trainer may have set training mode, and a reward must not use dropout
         device = self.model.score.weight.device
         whole_prompts = max(self.batch_size // rollout.samples, 1) * rollout.samples
         scores = []

@@ -1,4 +1,4 @@
-"""What scores a completion."""
+"""Base class of rewards: modules that score completions."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from lit_align.types import Rollout
 
 
 class Reward(nn.Module):
-    """Base class of rewards: a user's own is a subclass reached by class_path, or a function (`FunctionReward`).
+    """Base class of rewards. A user's own reward is a subclass named by class_path, or a function (`FunctionReward`).
 
-    An nn.Module, so that whatever weights it has follow the run to its device. They are frozen and never saved with
-    the checkpoint.
+    It is an nn.Module so that its weights move to the device of the run. They are frozen and never saved in
+    checkpoints.
     """
 
     def attach(self, policy: LanguageModel) -> None:
-        """Put adapters on the policy's backbone, if this is a model that shares it; called before `load`."""
+        """Put adapters on the policy's backbone if this reward shares it; called before `load`."""
 
     def load(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Load weights, if any; called once before training, with the policy's tokenizer and its chat template."""
+        """Load weights, if any. Called once before training, with the policy's tokenizer and its chat template."""
 
     def forward(self, rollout: Rollout) -> Tensor | Sequence[float]:
-        """Score each sequence of a rollout: Q numbers, higher is better; `__call__` checks them."""
+        """Score each completion of a rollout: Q numbers, higher is better. `__call__` checks them."""
         raise NotImplementedError(f"{type(self).__name__} must implement forward")
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        """`forward`, its numbers checked: see `checked`. Shape (Q,)."""
+        """Call `forward` and check its scores; see `checked`. Shape (Q,)."""
         return checked(super().__call__(rollout), rollout, self.title)
 
     @property
     def label(self) -> str:
-        """How logs call it."""
+        """Name in logs."""
         return type(self).__name__
 
     @property
     def title(self) -> str:
-        """How errors call it: which of several of its kind it is."""
+        """Name in errors; it distinguishes several rewards of one kind."""
         return self.label
 
     def parts(self) -> dict[str, Tensor]:
-        """What the last scores were made of, each of shape (Q,): their means are logged as `ppo/reward_NAME`."""
+        """Parts of the last scores, each of shape (Q,). Their means are logged as `ppo/reward_NAME`."""
         return {}
 
 
 def checked(scores: Sequence[float] | Tensor, rollout: Rollout, name: str) -> Tensor:
-    """Scores as a tensor on the CPU, one finite number per completion.
+    """Convert scores to a CPU tensor and check them: one finite number per completion.
 
     Raises:
-        ValueError: another number of scores, or one that is NaN, infinite or no number; names the reward and the
+        ValueError: the number of scores is wrong, or a score is NaN, infinite or not a number; names the reward and the
             prompts.
     """
     try:
@@ -78,7 +78,7 @@ def checked(scores: Sequence[float] | Tensor, rollout: Rollout, name: str) -> Te
 
 
 def named(rows: Sequence[dict[str, Any]], limit: int = 3) -> str:
-    """The prompts of some rows, each once, as an error shows them: the beginning of what was said last."""
+    """Prompts of rows for an error, each once: the beginning of the last message."""
     texts = list(dict.fromkeys(f"{_last(row.get('prompt'))!r:.100}" for row in rows))
     more = f" and {len(texts) - limit} more" if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more

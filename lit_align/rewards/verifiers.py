@@ -1,4 +1,4 @@
-"""Rewards that a program can check: the right number, a pattern, a form, a length. None has weights."""
+"""Rewards that a program can verify: a number, a pattern, a format, a length. None has weights."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from lit_align.types import Completion, Rollout
 
 
 class TextReward(Reward):
-    """Base of rewards that look at one completion at a time; a subclass implements `score`."""
+    """Base of rewards that score one completion at a time. A subclass implements `score`."""
 
     def forward(self, rollout: Rollout) -> list[float]:
-        """One score after another."""
+        """Score each completion. Shape (Q,)."""
         answers = zip(rollout.rows, rollout.texts, rollout.completions, strict=True)
         return [self.score(*answer) for answer in answers]
 
     def score(self, row: dict[str, Any], text: str, completion: Completion) -> float:
-        """Score a completion, given as text and as tokens, to the prompt of a row."""
+        """Score a completion (as text and as tokens) of the prompt of a row."""
         raise NotImplementedError(f"{type(self).__name__} must implement score")
 
     def column(self, row: dict[str, Any], field: str) -> str:
-        """What a column of the row says.
+        """Content of a column of the row, as text.
 
         Raises:
-            ValueError: the row has no such column; without it every answer would be wrong.
+            ValueError: the row has no such column, without which every completion would be wrong.
         """
         if row.get(field) is None:
             raise ValueError(f"{type(self).__name__} needs the column {field!r}; the row has {', '.join(row)}")
@@ -35,17 +35,17 @@ class TextReward(Reward):
 
 
 class NumericAnswer(TextReward):
-    """Whether the final answer is the right number, as GSM8K asks for it: `#### 72` at the end of the reasoning.
+    """Check that the final answer is the right number, as GSM8K asks for it: `#### 72` at the end of the reasoning.
 
-    The answer is what follows the last marker on its line. It has to be a number and nothing else (dollars, percent,
-    thousands separators and a full stop do not matter), and equal as a number: 3.0 is 3, and 3/4 is none. Right on all
-    four models of GSM8K's example solutions, where the marker is `A:`.
+    The answer is the rest of the line after the last marker. It must be a number and nothing else; a dollar or percent
+    sign, thousands separators and a full stop are ignored. Numbers are compared by value: 3.0 equals 3, and 3/4 is
+    not a number. It is right on all example solutions of GSM8K's four models, where the marker is `A:`.
 
     Args:
-        reference: column of the row with the solution, marked in the same way, or nothing but the number.
-        marker: regular expression of what comes before the answer.
+        reference: column of the row with the solution: marked in the same way, or only the number.
+        marker: regular expression that precedes the answer.
         right: score of the right number.
-        wrong: score of another number.
+        wrong: score of any other number.
         missing: score of a completion without a marked number.
 
     Source: Cobbe et al. 2021, "Training Verifiers to Solve Math Word Problems"; its `dataset.py` takes the first
@@ -82,27 +82,27 @@ class NumericAnswer(TextReward):
         return self.right if given == expected else self.wrong
 
     def answer(self, text: str) -> Decimal | None:
-        """The number after the last marker."""
+        """Number after the last marker; None if there is none."""
         *_, last = (None, *self.marker.finditer(text))
         return number(text[last.end() :].lstrip().partition("\n")[0]) if last else None
 
 
 def number(text: str) -> Decimal | None:
-    """The number that a text is, if it is one."""
+    """Parse a text as a number; None if it is not one."""
     bare = re.sub("[$,]", "", text.replace("\N{MINUS SIGN}", "-")).strip().rstrip(".").removesuffix("%").rstrip()
     return Decimal(bare) if re.fullmatch(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)", bare) else None
 
 
 class RegexReward(TextReward):
-    """Whether a regular expression is found in the completion.
+    """Check that a completion matches a regular expression.
 
     Args:
-        pattern: in Python's syntax; `.` does not match a line break unless the pattern begins with `(?s)`.
-        whole: the completion has to match from its beginning to its end.
-        equals: column of the row that the pattern's first group has to equal, blanks around it aside: the letter of a
-            multiple choice, say.
+        pattern: regular expression in Python's syntax; `.` does not match a line break unless it begins with `(?s)`.
+        whole: match the whole completion instead of searching in it.
+        equals: column of the row that the pattern's first group must equal, ignoring surrounding spaces, such as the
+            letter of a multiple choice.
         right: score of a match.
-        wrong: score of none.
+        wrong: score without a match.
     """
 
     def __init__(
@@ -126,21 +126,21 @@ class RegexReward(TextReward):
 
 
 class FormatReward(TextReward):
-    """Whether the completion is `<think>...</think><answer>...</answer>`, or has other sections in their order.
+    """Check that a completion is `<think>...</think><answer>...</answer>`, or has other sections in order.
 
-    Each section once, with something in it, and nothing but blanks between, before and after them.
+    Each section must appear once and hold text. Only white space may stand between, before and after sections.
 
     Args:
         sections: names of the tags.
-        right: score of the form.
-        wrong: score of any other.
+        right: score of a completion in this format.
+        wrong: score of any other completion.
     """
 
     def __init__(self, sections: Sequence[str] = ("think", "answer"), right: float = 1.0, wrong: float = 0.0) -> None:
         super().__init__()
         if not sections:
             raise ValueError("FormatReward needs at least one section")
-        # What is inside a section has none of these tags: none is in another, and none is there twice.
+        # A section contains none of these tags, so sections are neither nested nor repeated.
         tags = "|".join(f"</?{re.escape(name)}>" for name in sections)
         parts = (f"<{re.escape(name)}>((?:(?!{tags}).)*)</{re.escape(name)}>" for name in sections)
         self.pattern = re.compile(r"\s*" + r"\s*".join(parts) + r"\s*", re.DOTALL)
@@ -153,14 +153,13 @@ class FormatReward(TextReward):
 
 
 class LengthReward(TextReward):
-    """How long the completion is, in units of a target: 1 - |n / target - 1|, or 0 up to the target and falling beyond.
+    """Score the length n: 1 - |n / target - 1| (near), or -max(n / target - 1, 0) (below).
 
     Args:
-        target: the length wanted, or allowed.
-        shape: near rewards the target and falls by 1 for each target's length away from it; below is 0 up to the
-            target, and falls as steeply.
-        unit: tokens (without the one that stops), words or characters.
-        least: no score is lower.
+        target: desired length (near) or maximum length (below).
+        shape: near peaks at the target; below is 0 up to the target and falls beyond it.
+        unit: tokens (without the stop token), words or characters.
+        least: lowest score.
 
     Source: Singhal et al. 2023, "A Long Way to Go: Investigating Length Correlations in RLHF" (near, its LPPO).
     """
@@ -188,10 +187,10 @@ class LengthReward(TextReward):
 
 
 def compiled(pattern: str, name: str) -> re.Pattern[str]:
-    """A regular expression from a configuration.
+    """Compile a regular expression from a configuration.
 
     Raises:
-        ValueError: it is none; says where it breaks.
+        ValueError: it does not compile; says where it breaks.
     """
     try:
         return re.compile(pattern)

@@ -1,4 +1,4 @@
-"""What an engine needs to know of a model before it answers, and what becomes of its answers."""
+"""Stop tokens for an engine, and its completions as a rollout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_align.types import Completion, Rollout
 
 
 def stop_tokens(policy: LanguageModel, tokenizer: PreTrainedTokenizerBase, more: Iterable[int] = ()) -> list[int]:
-    """Tokens that end an answer, ascending: the model's, the tokenizer's, and more."""
+    """Tokens that end a completion, ascending: those of the model, the tokenizer, and `more`."""
     own: Any = policy.hf.generation_config.eos_token_id
     stops = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *more]
     return sorted({stop for stop in stops if stop is not None})
@@ -25,7 +25,7 @@ def as_rollout(
     answers: Sequence[Sequence[Completion]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Rollout:
-    """Answers as an `Engine` gives them, as many to each prompt, beside their prompts and rows, and as text."""
+    """Combine an engine's completions (equally many per prompt) with prompts, rows and decoded text."""
     samples = len(answers[0]) if answers else 1
     completions = [completion for given in answers for completion in given]
     texts = tokenizer.batch_decode([completion.tokens for completion in completions], skip_special_tokens=True)

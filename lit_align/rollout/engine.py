@@ -1,4 +1,4 @@
-"""Prompts to completions: what a sampler is asked for, and what any engine must do."""
+"""Sampling options, and the protocol of an engine that turns prompts into completions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lit_align.types import Completion
 
 @dataclass
 class Sampling:
-    """How answers are drawn; PPO scores them under this same distribution.
+    """How completions are sampled. PPO scores them under the same distribution.
 
     Attributes:
-        max_new_tokens: an answer that has not stopped by then is cut, and counts as unfinished.
+        max_new_tokens: a completion that has not stopped by then is cut and counts as unfinished.
         temperature: divides the logits; 0 takes the most probable token (not for training).
-        top_p: nucleus; 1 keeps every token.
-        samples: answers per prompt.
-        batch_size: prompts that are decoded together.
+        top_p: mass of the nucleus; 1 keeps every token.
+        samples: completions per prompt.
+        batch_size: prompts decoded together.
     """
 
     max_new_tokens: int = 128
@@ -38,22 +38,22 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """Anything that answers prompts."""
+    """An object that samples completions of prompts."""
 
     def __call__(
         self, policy: LanguageModel, prompts: Sequence[Tensor], sampling: Sampling, stop_ids: Sequence[int], seed: int
     ) -> list[list[Completion]]:
-        """Answers to each prompt, `sampling.samples` of them, as a function of the seed and nothing else.
+        """Sample `sampling.samples` completions of each prompt. The result depends on the seed and nothing else.
 
         Args:
-            policy: what answers; an engine with weights of its own takes over these, at every call.
-            prompts: token ids of each, 1-D.
-            sampling: how they are answered.
-            stop_ids: tokens that end an answer, and no others do.
-            seed: of all draws of this call.
+            policy: the model to sample from; an engine with its own copy of the weights synchronises at every call.
+            prompts: token ids of each prompt, 1-D.
+            sampling: sampling options.
+            stop_ids: the tokens that end a completion.
+            seed: seed of all draws of this call.
 
         Returns:
-            The answers to each prompt, with the log-probabilities that they were drawn with: what was sampled by one
-            program and is trained on by another differs, and PPO logs by how much.
+            The completions of each prompt, with the log-probabilities that they were sampled with. Engine and trainer
+            differ slightly, and PPO logs by how much.
         """
         ...

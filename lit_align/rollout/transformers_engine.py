@@ -1,4 +1,4 @@
-"""Sampling with the transformers model itself: the weights that are trained, no copy and no server."""
+"""Sample with the trained transformers model itself, without a copy of the weights or a server."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lit_align.types import Completion
 
 
 class TransformersEngine:
-    """Decodes batches of prompts of similar length with a key-value cache.
+    """Decode batches of prompts of similar length with a key-value cache.
 
-    A prompt is computed once for all its samples, and a sequence that has stopped leaves the batch.
+    A prompt is computed once for all its samples. A sequence that has stopped leaves the batch.
     """
 
     @torch.no_grad()
@@ -28,7 +28,7 @@ class TransformersEngine:
         device = policy.hf.device
         generator = torch.Generator(device).manual_seed(seed)
         answers: list[list[Completion]] = [[] for _ in prompts]
-        # Dropout would make the sampler another policy than the one that is scored.
+        # With dropout, the sampled policy would differ from the scored one.
         training = policy.training
         policy.eval()
         try:
@@ -46,13 +46,13 @@ class TransformersEngine:
 
     def _decoding(self, policy: LanguageModel, longest: int) -> type[Decoding]:
         if policy.switch is not None and longest > policy.switch:
-            # The keys in a cache were turned by the frequencies of shorter sequences.
+            # Above this length the rotary frequencies change, so cached keys of shorter sequences are wrong.
             return RecomputedDecoding
         return decoding_of(policy)
 
 
 def _batches(by_length: list[int], prompts: Sequence[Tensor], size: int, pads: bool) -> Iterator[list[int]]:
-    """Indices of prompts that are decoded together: neighbours in length, or of one length where none are padded."""
+    """Group prompts to decode together: similar lengths, or equal lengths if the model cannot pad."""
     groups = [by_length] if pads else [list(same) for _, same in groupby(by_length, key=lambda i: len(prompts[i]))]
     for group in groups:
         for start in range(0, len(group), size):
