@@ -80,6 +80,8 @@ def put_off_rotary(model: nn.Module) -> None:
 
 def _forward(self: Any, *args: Any, **options: Any) -> Any:
     kind: Any = type(self)
+    if torch.compiler.is_compiling():  # the compiler traces transformers' own forward: it does not trace a cache
+        return kind.forward(self, *args, **options)
     forward: Any = forward_with_rotation(kind)
     return forward(self, *args, **options)
 
